@@ -1,0 +1,5 @@
+"""The ``fedmpt`` command."""
+
+from fedmpt.cli.main import main
+
+__all__ = ["main"]

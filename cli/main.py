@@ -1,0 +1,70 @@
+"""Gathers the subcommands of ``fedmpt``; each is imported only when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from fedmpt.protocol.errors import FedmptError
+
+# name → (module, one line of help). A module has configure(parser) and run(arguments) -> exit code.
+COMMANDS = {
+    "aggregator": ("fedmpt.cli.aggregator", "run the rounds of a federation"),
+    "bundle": ("fedmpt.cli.bundle", "prepare a federation bundle from a CLIP checkpoint and labels"),
+    "cache": ("fedmpt.cli.cache", "encode a site's labelled photos into a feature cache"),
+    "certs": ("fedmpt.cli.certs", "make TLS certificates and the broker's configuration and ACL"),
+    "client": ("fedmpt.cli.client", "train with a site's feature cache whenever a round asks for it"),
+    "conditions": ("fedmpt.cli.conditions", "derive conditions for a list of labels with a language model"),
+    "demo": ("fedmpt.cli.demo", "a whole federation on this machine, with a report"),
+    "doctor": ("fedmpt.cli.doctor", "check versions, providers, broker, certificates, clock, disk, memory"),
+    "evaluate": ("fedmpt.cli.evaluate", "measure a state on a feature cache"),
+    "export": ("fedmpt.cli.export", "make one tagger.onnx of a bundle and a tuned state"),
+    "simulate": ("fedmpt.cli.simulate", "run experiments with many clients in one process"),
+    "status": ("fedmpt.cli.status", "show a running federation's round, clients and updates"),
+    "tag": ("fedmpt.cli.tag", "tag photos with a tagger.onnx"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; return its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="fedmpt",
+        description="Federated multi-label prompt tuning of CLIP on edge devices.",
+        epilog="Example: fedmpt demo",
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    called = next((word for word in arguments if not word.startswith("-")), None)
+    for name, (module_name, help_text) in COMMANDS.items():
+        subparser = subparsers.add_parser(
+            name, help=help_text, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        if name == called:
+            module = importlib.import_module(module_name)
+            module.configure(subparser)
+            subparser.set_defaults(run=module.run)
+    options = parser.parse_args(arguments)
+    try:
+        exit_code: int = options.run(options)
+        sys.stdout.flush()
+        return exit_code
+    except FedmptError as error:
+        print(f"fedmpt {options.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"fedmpt {options.command}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away (``fedmpt tag … | head``); keep the shutdown flush quiet too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return f"fedmpt {version('fedmpt-edge')}"

@@ -1,0 +1,1 @@
+"""What runs on a site, without PyTorch: photos, feature cache, local training, MQTT client, tagging."""

@@ -1,0 +1,1 @@
+"""Tensor operations of the method: region transport and the asymmetric loss."""

@@ -1,0 +1,1 @@
+"""What client and aggregator share: topics, messages, the tensor codec, the bundle manifest, the connection."""

@@ -1,0 +1,1 @@
+"""Scenes, partitioners, many clients in one process, experiments and the demo."""
