@@ -1,1 +1,1 @@
-"""Everything that makes an ONNX file, and the PyTorch model it is traced from. Importing this loads no torch."""
+"""Everything that makes an ONNX file, and the PyTorch model behind it. Importing this loads no torch."""

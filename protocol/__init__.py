@@ -1,1 +1,1 @@
-"""What client and aggregator share: topics, messages, the tensor codec, the bundle manifest, the connection."""
+"""What client and aggregator share: topics, messages, the tensor codec, the manifest, the connection."""

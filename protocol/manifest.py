@@ -45,7 +45,7 @@ class Graph:
 
 @dataclass(frozen=True)
 class Clip:
-    """The frozen checkpoint: where it came from and its sizes; ``logit_scale`` is CLIP's own, exponentiated."""
+    """The frozen checkpoint: where it came from and its sizes; ``logit_scale`` is exponentiated."""
 
     name: str
     licence: str
@@ -107,7 +107,7 @@ class Training:
 
 @dataclass(frozen=True)
 class BundleManifest:
-    """Everything a site must know of a bundle. ``state`` lists the trained tensors; ``files`` their SHA-256."""
+    """All a site must know of a bundle. ``state`` lists the trained tensors; ``files`` their SHA-256."""
 
     format: str
     version: int
