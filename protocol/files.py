@@ -11,10 +11,11 @@ from pathlib import Path
 
 
 @contextmanager
-def atomic_path(target: Path) -> Iterator[Path]:
+def atomic_path(target: Path, mode: int = 0o644) -> Iterator[Path]:
     """Yield a temporary path in the target's folder; on success it replaces the target durably.
 
-    The folder is made if it is missing. On an exception the temporary file goes and the target stays.
+    The folder is made if it is missing. On an exception the temporary file goes and the target stays. Until
+    the end only the owner can read the temporary file; then it gets the permissions ``mode``.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
@@ -22,7 +23,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        temporary.chmod(0o644)
+        temporary.chmod(mode)
         sync_path(temporary)
         temporary.replace(target)
         sync_path(target.parent)

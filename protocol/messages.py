@@ -1,0 +1,221 @@
+"""The JSON messages of protocol v1 as frozen dataclasses.
+
+Every message carries ``version``. Readers ignore fields that they do not know and refuse versions that they
+do not know; a message is bounded in size before it is parsed, and every number in it is finite.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fedmpt.protocol.errors import FedmptError
+from fedmpt.protocol.manifest import BundleError, TensorSpec, Training, canonical_json, from_plain
+from fedmpt.protocol.topics import MAXIMUM_ROUND, check_name
+
+VERSION = 1
+PHASES = ("calibrate", "train", "finished")
+RECEIPTS = ("accepted", "duplicate", "stale", "rejected")
+ENCODINGS = ("float32", "float16", "int8")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+Message = TypeVar("Message")
+
+
+class MessageError(FedmptError):
+    """A message is too large, not JSON, of an unknown version, or a field is missing or out of range."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the aggregator accepts: payload bytes, samples per client, L2 norm of a difference (0: any)."""
+
+    update_bytes: int
+    samples: int
+    norm: float
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What the federation trains. ``bundle`` is the bundle's digest; ``state`` the trained tensors.
+
+    ``encoding`` is how updates are to be sent; ``strategy`` tells people how they are combined; ``metrics``
+    says whether clients are asked for their validation metrics.
+    """
+
+    federation: str
+    method: str
+    labels: tuple[str, ...]
+    conditions: tuple[str, ...]
+    bundle: str
+    state: Mapping[str, TensorSpec]
+    training: Training
+    strategy: str
+    encoding: str
+    metrics: bool
+    limits: Limits
+    version: int = VERSION
+
+    def __post_init__(self) -> None:
+        check_name("federation", self.federation)
+        _require(_DIGEST.fullmatch(self.bundle), "bundle is no SHA-256")
+        _require(self.encoding in ENCODINGS, f"encoding is none of {', '.join(ENCODINGS)}")
+
+
+@dataclass(frozen=True)
+class Round:
+    """The round that is open: who is to train which tensors, from which state, until when.
+
+    ``phase`` is ``calibrate`` (round 0), ``train``, or ``finished``: then ``state/{round}`` is the result and
+    nobody trains. ``state`` is the digest of the base state; ``deadline`` is in Unix seconds, None for none.
+    """
+
+    federation: str
+    round: int
+    phase: str
+    trainable: tuple[str, ...]
+    state: str
+    deadline: float | None
+    clients: tuple[str, ...]
+    version: int = VERSION
+
+    def __post_init__(self) -> None:
+        check_name("federation", self.federation)
+        _require(0 <= self.round <= MAXIMUM_ROUND, f"round is not between 0 and {MAXIMUM_ROUND}")
+        _require(self.phase in PHASES, f"phase is none of {', '.join(PHASES)}")
+        _require(_DIGEST.fullmatch(self.state), "state is no SHA-256")
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """The aggregator's answer to an update: ``check`` names the failed check, ``reason`` its limit.
+
+    ``update`` is the SHA-256 of the payload that it answers.
+    """
+
+    federation: str
+    client: str
+    round: int
+    update: str
+    status: str
+    check: str
+    reason: str
+    version: int = VERSION
+
+    def __post_init__(self) -> None:
+        check_name("client", self.client)
+        _require(0 <= self.round <= 10 * MAXIMUM_ROUND, "round is out of range")
+        _require(self.status in RECEIPTS, f"status is none of {', '.join(RECEIPTS)}")
+
+
+@dataclass(frozen=True)
+class Presence:
+    """A client is there, or (its last will) gone; ``samples`` is its number of training photos."""
+
+    federation: str
+    client: str
+    online: bool
+    bundle: str
+    samples: int
+    capabilities: Mapping[str, str]
+    version: int = VERSION
+
+    def __post_init__(self) -> None:
+        check_name("client", self.client)
+        _require(self.samples >= 0, "samples is negative")
+
+
+@dataclass(frozen=True)
+class Status:
+    """The aggregator's own word on where it stands; ``online: false`` is its last will.
+
+    ``time`` is when it was said and ``deadline`` when the round closes, both in Unix seconds; ``waiting``
+    tells people what it waits for, empty while a round simply runs; ``metrics`` are the last closed round's.
+    """
+
+    federation: str
+    online: bool
+    round: int
+    rounds: int
+    phase: str
+    present: int
+    chosen: int
+    received: int
+    refused: int
+    muted: int
+    deadline: float | None
+    waiting: str
+    metrics: Mapping[str, float]
+    time: float
+    version: int = VERSION
+
+
+# Bounds in bytes, checked before parsing. A round names up to 10,000 chosen clients.
+MAXIMUM_BYTES: Mapping[type, int] = {
+    Manifest: 4 << 20,
+    Round: 1 << 20,
+    Receipt: 16 << 10,
+    Presence: 16 << 10,
+    Status: 64 << 10,
+}
+
+
+def to_json(message: Any) -> bytes:
+    """One message as canonical UTF-8 JSON."""
+    return canonical_json(dataclasses.asdict(message))
+
+
+def from_json(kind: type[Message], data: bytes, where: str) -> Message:
+    """Read one message; ``where`` (its topic) starts the text of an error.
+
+    Raises:
+        MessageError: too large, not JSON, of an unknown version, or a field is missing or out of range.
+    """
+    return read_record(kind, data, where, MAXIMUM_BYTES[kind])
+
+
+def read_record(kind: type[Message], data: bytes | str, where: str, maximum_bytes: int) -> Message:
+    """Read a versioned JSON object into the frozen dataclass ``kind``; raises MessageError."""
+    value = parse_object(data, where, maximum_bytes)
+    version = value.get("version")
+    if version != VERSION or isinstance(version, bool):
+        raise MessageError(
+            f"{where}: version {str(version)[:20]!r}, but this program knows version {VERSION}; "
+            "run the same release on all sites"
+        )
+    try:
+        return from_plain(kind, value, where)
+    except (BundleError, OverflowError) as error:
+        raise MessageError(str(error)) from None
+    except FedmptError as error:
+        raise MessageError(f"{where}: {error}") from None
+
+
+def parse_object(data: bytes | str, where: str, maximum_bytes: int) -> dict[str, Any]:
+    """Parse a JSON object whose numbers are finite; raises MessageError."""
+    if len(data) > maximum_bytes:
+        raise MessageError(f"{where}: {len(data)} bytes, but at most {maximum_bytes} are read")
+    try:
+        value = json.loads(data, parse_float=_finite, parse_constant=_finite)
+    except (ValueError, RecursionError) as error:
+        raise MessageError(f"{where}: cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise MessageError(f"{where}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is no finite number")
+    return value
+
+
+def _require(condition: object, problem: str) -> None:
+    if not condition:
+        raise MessageError(problem)
