@@ -128,7 +128,8 @@ def mask_labels(labels: NDArray[np.int8], fraction: float, seed: int, *, negativ
     if not 0 <= fraction < 1:
         raise PartitionError(f"masked fraction {fraction}: must be at least 0 and below 1")
     hidden = np.random.default_rng(seed).random(labels.shape) < fraction
-    return np.where(hidden, np.int8(0 if negative else -1), labels)
+    masked: NDArray[np.int8] = np.where(hidden, np.int8(0 if negative else -1), labels)
+    return masked
 
 
 def _one_label_each(labels: NDArray[np.int8], generator: np.random.Generator) -> NDArray[Any]:
