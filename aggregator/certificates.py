@@ -1,0 +1,209 @@
+"""A small certificate authority for one federation, with the mosquitto configuration and ACL that go with it.
+
+The certificate's common name is the broker's user name and MQTT client id, so that the ACL can let a client
+write its own topics only and nobody can take over another's session.
+"""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+from collections.abc import Sequence
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from fedmpt.protocol.errors import FedmptError
+from fedmpt.protocol.files import atomic_path, write_atomically
+
+AUTHORITY_DAYS = 3650
+# Certificates start a little early, so that a site whose clock is slow can connect at once.
+CLOCK_TOLERANCE = datetime.timedelta(minutes=10)
+
+
+class CertificateError(FedmptError):
+    """A certificate authority's folder cannot be used as asked."""
+
+
+def make_authority(folder: Path, federation: str, now: datetime.datetime) -> None:
+    """Write ``ca.pem`` and ``ca.key`` for a federation, unless the folder already has both.
+
+    Raises:
+        CertificateError: only one of the two is there, so that nothing new could be signed or trusted.
+    """
+    certificate_path, key_path = folder / "ca.pem", folder / "ca.key"
+    if certificate_path.exists() and key_path.exists():
+        return
+    if certificate_path.exists() or key_path.exists():
+        raise CertificateError(
+            f"{folder}: has only one of ca.pem and ca.key; restore the other, or choose an empty folder"
+        )
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = _name(f"{federation} federation authority")
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - CLOCK_TOLERANCE)
+        .not_valid_after(now + datetime.timedelta(days=AUTHORITY_DAYS))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_key_usage(signs_certificates=True), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    _write_key(key_path, key)
+    write_atomically(certificate_path, certificate.public_bytes(serialization.Encoding.PEM))
+
+
+def issue_certificate(
+    folder: Path,
+    common_name: str,
+    now: datetime.datetime,
+    *,
+    days: int,
+    hosts: Sequence[str] = (),
+) -> Path:
+    """Write ``<common_name>.pem`` and ``.key``, signed by the folder's authority; return the former's path.
+
+    With ``hosts`` (DNS names or IP addresses) it is a server's certificate, without it a client's.
+
+    Raises:
+        CertificateError: the authority's files are missing or unreadable.
+    """
+    try:
+        authority = x509.load_pem_x509_certificate((folder / "ca.pem").read_bytes())
+        authority_key = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), password=None)
+    except (OSError, ValueError) as error:
+        raise CertificateError(f"{folder}: no usable certificate authority ({error})") from error
+    if not isinstance(authority_key, ec.EllipticCurvePrivateKey):
+        raise CertificateError(f"{folder / 'ca.key'}: not an elliptic-curve key; choose an empty folder")
+    key = ec.generate_private_key(ec.SECP256R1())
+    usage = ExtendedKeyUsageOID.SERVER_AUTH if hosts else ExtendedKeyUsageOID.CLIENT_AUTH
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(_name(common_name))
+        .issuer_name(authority.subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - CLOCK_TOLERANCE)
+        .not_valid_after(now + datetime.timedelta(days=days))
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_key_usage(signs_certificates=False), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key()), critical=False
+        )
+    )
+    if hosts:
+        builder = builder.add_extension(
+            x509.SubjectAlternativeName([_general_name(host) for host in hosts]), critical=False
+        )
+    certificate_path = folder / f"{common_name}.pem"
+    _write_key(folder / f"{common_name}.key", key)
+    write_atomically(
+        certificate_path,
+        builder.sign(authority_key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM),
+    )
+    return certificate_path
+
+
+def mosquitto_configuration(folder: Path, port: int, persistence: Path) -> str:
+    """The text of ``mosquitto.conf``: TLS with client certificates, durable queues, bounded packets.
+
+    See mosquitto.conf(5) for every option.
+    """
+    return f"""# Made by `fedmpt certs`. Start with: mosquitto -c {folder / "mosquitto.conf"}
+per_listener_settings false
+listener {port}
+cafile {folder / "ca.pem"}
+certfile {folder / "broker.pem"}
+keyfile {folder / "broker.key"}
+require_certificate true
+tls_version tlsv1.2
+# The certificate's common name is the user name and the client id: nobody can pose as another.
+use_identity_as_username true
+use_username_as_clientid true
+allow_anonymous false
+acl_file {folder / "mosquitto.acl"}
+{mosquitto_durability(persistence)}"""
+
+
+def mosquitto_durability(persistence: Path) -> str:
+    """The queue and persistence limits with which a federation survives a killed broker."""
+    return f"""# Sessions, queued and retained messages survive a restart; every change is saved.
+persistence true
+persistence_location {persistence}/
+autosave_on_changes true
+autosave_interval 1
+persistent_client_expiration 14d
+# The default of 1,000 queued messages drops updates of large federations while the aggregator restarts.
+max_queued_messages 100000
+max_queued_bytes 0
+max_inflight_messages 100
+max_packet_size 67108864
+"""
+
+
+def mosquitto_acl(federation: str) -> str:
+    """The text of the ACL file: a client writes its own update and presence and reads its own receipt.
+
+    ``aggregator`` runs the rounds; ``operator`` may read everything (``fedmpt status``) and write nothing.
+    """
+    base = f"fedmpt/v1/{federation}"
+    return f"""# Made by `fedmpt certs`; %u is the certificate's common name. See mosquitto.conf(5).
+user aggregator
+topic write {base}/manifest
+topic write {base}/round
+topic write {base}/status
+topic write {base}/state/+
+topic write {base}/receipt/+
+topic read {base}/#
+
+user operator
+topic read {base}/#
+
+pattern read {base}/manifest
+pattern read {base}/round
+pattern read {base}/state/+
+pattern read {base}/receipt/%u
+pattern write {base}/update/+/%u
+pattern write {base}/presence/%u
+"""
+
+
+def _name(common_name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
+
+
+def _general_name(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+def _key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not signs_certificates,
+        key_cert_sign=signs_certificates,
+        crl_sign=signs_certificates,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _write_key(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
+    text = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    with atomic_path(path, mode=0o600) as temporary:
+        temporary.write_bytes(text)

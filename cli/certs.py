@@ -1,0 +1,73 @@
+"""``fedmpt certs``: certificates, mosquitto configuration and ACL of a federation."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+from pathlib import Path
+
+from fedmpt.aggregator.certificates import (
+    issue_certificate,
+    make_authority,
+    mosquitto_acl,
+    mosquitto_configuration,
+)
+from fedmpt.protocol.files import write_atomically
+from fedmpt.protocol.topics import check_name
+
+DESCRIPTION = """\
+Make a small certificate authority, one certificate each for the broker, the aggregator, an operator (who may
+only read) and every client, and the mosquitto configuration and ACL with which a client can write only its
+own topics. Run it again with more --client options to add clients: the authority is kept.
+
+Give each site ca.pem and its own .pem and .key, over a channel that you trust; keep ca.key to yourself."""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Describe the command's options."""
+    parser.description = DESCRIPTION
+    parser.epilog = (
+        "Example:\n"
+        "  fedmpt certs --out certs --federation farm --host broker.local --client north --client south"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for everything that is written")
+    parser.add_argument("--federation", required=True, help="the federation's name, as in its topics")
+    parser.add_argument(
+        "--host",
+        action="append",
+        required=True,
+        help="DNS name or IP address by which clients reach the broker; repeat for more",
+    )
+    parser.add_argument("--client", action="append", default=[], help="name of a client; repeat for more")
+    parser.add_argument("--port", type=int, default=8883, help="the broker's TLS port (default: 8883)")
+    parser.add_argument("--days", type=int, default=365, help="validity of certificates (default: 365)")
+    parser.add_argument("--json", action="store_true", help="print the written files as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the files; certificates that exist already are kept."""
+    check_name("federation", arguments.federation)
+    for client in arguments.client:
+        check_name("client", client)
+    folder = arguments.out.resolve()
+    now = datetime.datetime.now(datetime.timezone.utc)
+    make_authority(folder, arguments.federation, now)
+    written = []
+    for name in ["broker", "aggregator", "operator", *arguments.client]:
+        if (folder / f"{name}.pem").exists():
+            continue
+        hosts = arguments.host if name == "broker" else ()
+        written.append(str(issue_certificate(folder, name, now, days=arguments.days, hosts=hosts)))
+    persistence = folder / "persistence"
+    persistence.mkdir(exist_ok=True)
+    configuration = mosquitto_configuration(folder, arguments.port, persistence)
+    write_atomically(folder / "mosquitto.conf", configuration)
+    write_atomically(folder / "mosquitto.acl", mosquitto_acl(arguments.federation))
+    written += [str(folder / "mosquitto.conf"), str(folder / "mosquitto.acl")]
+    if arguments.json:
+        print(json.dumps({"written": written}))
+    else:
+        print(*written, sep="\n")
+        print(f"Start the broker with: mosquitto -c {folder / 'mosquitto.conf'}")
+    return 0
