@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from fedmpt.protocol.manifest import Training
 from numpy.typing import NDArray
+
+from fedmpt.protocol.manifest import Training
 
 PRIOR = 1e-3  # weight of the pull towards the received values; it keeps separable data from running away
 ITERATIONS = 100

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
+
 from fedmpt.protocol.codec import State
 from fedmpt.protocol.errors import FedmptError
-from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float32]
 

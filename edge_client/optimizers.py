@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
+
 from fedmpt.protocol.codec import State
 
 SECOND_MOMENT_DECAY = 0.999

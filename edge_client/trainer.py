@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
+
 from fedmpt.edge_client.calibration import fit_scale_and_bias
 from fedmpt.edge_client.engine import Engine, EngineError
 from fedmpt.edge_client.optimizers import OPTIMIZERS, clip_gradients, cosine_rate
@@ -14,7 +16,6 @@ from fedmpt.protocol.codec import State
 from fedmpt.protocol.errors import FedmptError
 from fedmpt.protocol.manifest import BundleManifest
 from fedmpt.protocol.messages import Manifest
-from numpy.typing import NDArray
 
 Progress = Callable[[int, "int | None"], None]
 Rows = NDArray[np.int64]

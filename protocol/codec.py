@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 import safetensors
 import safetensors.numpy
+from numpy.typing import NDArray
+
 from fedmpt.protocol.errors import FedmptError
 from fedmpt.protocol.files import write_atomically
 from fedmpt.protocol.manifest import TensorSpec, canonical_json
 from fedmpt.protocol.messages import ENCODINGS, VERSION, MessageError, parse_object, read_record
 from fedmpt.protocol.topics import MAXIMUM_ROUND, TopicError, check_name
-from numpy.typing import NDArray
 
 State = dict[str, NDArray[np.float32]]
 

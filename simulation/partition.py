@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from fedmpt.protocol.errors import FedmptError
 from numpy.typing import NDArray
+
+from fedmpt.protocol.errors import FedmptError
 
 Shares = list[NDArray[np.int64]]
 
@@ -132,9 +132,11 @@ def mask_labels(labels: NDArray[np.int8], fraction: float, seed: int, *, negativ
     return masked
 
 
-def _one_label_each(labels: NDArray[np.int8], generator: np.random.Generator) -> NDArray[Any]:
+def _one_label_each(labels: NDArray[np.int8], generator: np.random.Generator) -> NDArray[np.int64]:
     draws = np.where(labels == 1, generator.random(labels.shape), -1.0)
-    return np.where((labels == 1).any(axis=1), draws.argmax(axis=1), labels.shape[1])
+    group = draws.argmax(axis=1)
+    group[~(labels == 1).any(axis=1)] = labels.shape[1]
+    return group
 
 
 def _levelled(shares: Shares, minimum: int) -> Shares:

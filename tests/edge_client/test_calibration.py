@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+
 from fedmpt.edge_client.calibration import PRIOR, asymmetric_loss, fit_scale_and_bias
 
 

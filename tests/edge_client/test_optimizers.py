@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from fedmpt.edge_client.optimizers import OPTIMIZERS, clip_gradients, cosine_rate
 
 STEPS = 7

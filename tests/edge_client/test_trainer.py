@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
 from fedmpt.edge_client.calibration import asymmetric_loss
 from fedmpt.edge_client.engine import EngineError, HeadOutput
 from fedmpt.edge_client.trainer import (

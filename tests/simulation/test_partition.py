@@ -6,6 +6,11 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy.spatial.distance import jensenshannon
+
 from fedmpt.simulation.partition import (
     PartitionError,
     Shares,
@@ -16,10 +21,6 @@ from fedmpt.simulation.partition import (
     iid,
     mask_labels,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-from numpy.typing import NDArray
-from scipy.spatial.distance import jensenshannon
 
 CLIENTS = 5
 

@@ -8,8 +8,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
-from fedmpt.simulation import report
 from PIL import Image
+
+from fedmpt.simulation import report
 
 
 class References(HTMLParser):
