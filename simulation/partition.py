@@ -134,7 +134,7 @@ def mask_labels(labels: NDArray[np.int8], fraction: float, seed: int, *, negativ
 
 def _one_label_each(labels: NDArray[np.int8], generator: np.random.Generator) -> NDArray[np.int64]:
     draws = np.where(labels == 1, generator.random(labels.shape), -1.0)
-    group = draws.argmax(axis=1)
+    group: NDArray[np.int64] = draws.argmax(axis=1)
     group[~(labels == 1).any(axis=1)] = labels.shape[1]
     return group
 

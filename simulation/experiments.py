@@ -1,0 +1,201 @@
+"""Experiments as TOML files: shared settings, grids of values, plots; every combination is one run.
+
+title = "Spurious correlation"
+question = "Does the method ignore labels that merely occur together?"
+[settings]                       # what all runs share; every key is a field of Settings
+rounds = 8
+[[grid]]                         # the product of the lists; several grids are joined
+method = ["coop", "fedmpt-full"]
+strength = [0.0, 0.9]
+seed = [0, 1, 2]
+[[plot]]
+x = "strength"
+y = ["decorrelated.mAP"]
+by = "method"
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import itertools
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedmpt.protocol.errors import FedmptError
+from fedmpt.protocol.manifest import canonical_json
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+SHIPPED = Path(__file__).parent / "data" / "experiments"
+
+
+class ExperimentError(FedmptError):
+    """An experiment's file is missing or says something that cannot be run."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides one run's result, seed included. An empty text or a zero: the default.
+
+    Data: ``data`` scenes, voc, coco or nus-wide (``root``: the photo set's folder); ``strength`` of the
+    planted correlations (scenes); at most ``photos`` for training and ``test_photos`` (0: all); ``masked``: the
+    fraction of the training annotations that is hidden, then ``ignored`` or taken as ``negative``.
+
+    Federation: ``partition`` own (scenes: every client its own correlations), iid, dirichlet (``alpha``) or
+    clusters (``clusters``); a fraction ``participation`` of the ``clients`` is chosen each round and each
+    vanishes with probability ``dropout``; ``centralised``: all photos at one client.
+
+    Method: what the bundle is built from; ``trained``: the groups of tensors that learn, joined by ``+``.
+    """
+
+    data: str = "scenes"
+    root: str = ""
+    clip: str = "micro-clip"
+    strength: float = 0.9
+    photos: int = 1200
+    test_photos: int = 600
+    masked: float = 0.0
+    unknown: str = "ignored"
+    partition: str = "own"
+    clients: int = 6
+    clusters: int = 1
+    alpha: float = 1.0
+    participation: float = 1.0
+    dropout: float = 0.0
+    centralised: bool = False
+    strategy: str = "uniform"
+    encoding: str = "float32"
+    method: str = "fedmpt-prompts"
+    trained: str = ""
+    tokens: str = ""
+    pooling: str = ""
+    tau: float = 0.0
+    reg: float = 0.0
+    iterations: int = 0
+    context: int = 0
+    rank: int = 0
+    rounds: int = 8
+    epochs: int = 1
+    batch_size: int = 32
+    optimizer: str = ""
+    learning_rate: float = 0.0
+    calibrate: bool = True
+    seed: int = 0
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One combination: its settings and the values that tell it from the others (``variant`` included)."""
+
+    settings: Settings
+    variant: str
+
+    @property
+    def key(self) -> str:
+        """Names the run's result: equal settings have equal results, in whatever experiment."""
+        return hashlib.sha256(canonical_json(dataclasses.asdict(self.settings))).hexdigest()[:20]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Mean and interval over seeds of the metrics ``y`` over ``x``, one line for each value of ``by``."""
+
+    x: str
+    y: tuple[str, ...]
+    by: str
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A parsed file; ``varying`` are the fields (or ``variant``) in which its runs differ, but for the seed."""
+
+    name: str
+    title: str
+    question: str
+    runs: tuple[Run, ...]
+    plots: tuple[Plot, ...]
+    varying: tuple[str, ...]
+
+
+def load_experiment(name: str) -> Experiment:
+    """Read an experiment by path, or by the name of a shipped one.
+
+    Raises:
+        ExperimentError: not found, not TOML, an unknown key or a value of the wrong kind.
+    """
+    path = Path(name) if name.endswith(".toml") else SHIPPED / f"{name}.toml"
+    try:
+        value = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        shipped = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.toml")))
+        raise ExperimentError(f"{path}: not found; give a TOML file or one of {shipped}") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ExperimentError(f"{path}: cannot be read as TOML ({error})") from error
+    return parse_experiment(path.stem, value, str(path))
+
+
+def parse_experiment(name: str, value: Mapping[str, Any], where: str) -> Experiment:
+    """Check a parsed TOML document and expand its grids; ``where`` starts the text of errors."""
+    _known(value, ("title", "question", "settings", "grid", "plot"), where)
+    shared = dict(value.get("settings", {}))
+    _known(shared, FIELDS, f"{where}: [settings]")
+    runs: list[Run] = []
+    for grid in value.get("grid", [{}]):
+        _known(grid, ("variant", *FIELDS), f"{where}: [[grid]]")
+        axes = {key: item if isinstance(item, list) else [item] for key, item in grid.items()}
+        variant = axes.pop("variant", [""])[0]
+        for values in itertools.product(*axes.values()):
+            fields = {**shared, **dict(zip(axes, values, strict=True))}
+            settings = Settings(**{key: _converted(key, item, where) for key, item in fields.items()})
+            runs.append(Run(settings, str(variant)))
+    varying = tuple(
+        field
+        for field in ("variant", *FIELDS)
+        if field != "seed" and len({value_of(run, field) for run in runs}) > 1
+    )
+    plots = []
+    for plot in value.get("plot", []):
+        _known(plot, ("x", "y", "by"), f"{where}: [[plot]]")
+        _known({plot.get("x", ""): 0, plot.get("by", ""): 0}, ("variant", *FIELDS), f"{where}: [[plot]]")
+        plots.append(Plot(plot["x"], tuple(plot.get("y", ())), plot["by"]))
+    return Experiment(
+        name,
+        str(value.get("title", name)),
+        str(value.get("question", "")),
+        tuple(runs),
+        tuple(plots),
+        varying,
+    )
+
+
+def value_of(run: Run, field: str) -> Any:
+    """A run's value in one of the experiment's ``varying`` fields."""
+    return run.variant if field == "variant" else getattr(run.settings, field)
+
+
+def _converted(key: str, value: Any, where: str) -> Any:
+    kind = type(FIELDS[key].default)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ExperimentError(f"{where}: {key} = {value!r}: expected {kind.__name__}")
+    return value
+
+
+def _known(keys: Iterable[str], known: Iterable[str], where: str) -> None:
+    for key in keys:
+        if key not in (names := list(known)):
+            near = difflib.get_close_matches(key, names, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names)}"
+            raise ExperimentError(f"{where}: unknown key {key!r}{hint}")
