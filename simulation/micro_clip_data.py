@@ -1,0 +1,77 @@
+"""The micro-CLIP's training set on disk: pictures as one memory-mapped array, their true factors beside it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fedmpt.protocol.files import write_atomically
+from fedmpt.simulation.scenes import LAYOUTS, POSES, SCALES, SIZE, Progress, SceneSet, draw_scenes
+from fedmpt.simulation.scenes_sets import pretrain_specification
+
+CHUNK = 1000
+ATTRIBUTES: tuple[str, ...] = (*SCALES, *POSES, *LAYOUTS)  # of single objects
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """n pictures; for every label whether it is shown, and with which object attributes."""
+
+    pixels: np.ndarray  # uint8 [n, S, S, 3]
+    shown: np.ndarray  # bool [n, L]
+    attributes: np.ndarray  # bool [n, L, 9]: an object of this label is small, …, on the right
+    background: np.ndarray  # int8 [n]
+    lighting: np.ndarray  # int8 [n]
+    style: np.ndarray  # int8 [n]
+
+
+def render_training_set(folder: Path, count: int, seed: int, progress: Progress | None = None) -> TrainingSet:
+    """Draw the ``pretrain`` set into `folder`, or open what lies there already; goes on after an interruption."""
+    folder.mkdir(parents=True, exist_ok=True)
+    specification = pretrain_specification()
+    done_file = folder / "done.json"
+    identity = {"count": count, "seed": seed, "specification": repr(specification)}
+    done = 0
+    if done_file.exists():
+        found = json.loads(done_file.read_text("utf-8"))
+        done = found.pop("done") if {k: found[k] for k in identity} == identity else 0
+    mode = "r+" if done else "w+"
+    labels = len(specification.labels)
+    shapes = {
+        "pixels": (np.uint8, (SIZE, SIZE, 3)),
+        "attributes": (np.bool_, (labels, 1 + len(ATTRIBUTES))),
+        "factors": (np.int8, (3,)),
+    }
+    arrays = {
+        name: np.lib.format.open_memmap(folder / f"{name}.npy", mode, dtype, (count, *shape))
+        for name, (dtype, shape) in shapes.items()
+    }
+    while done < count:
+        scenes = draw_scenes(specification, min(CHUNK, count - done), seed, start=done)
+        part = slice(done, done + len(scenes))
+        arrays["pixels"][part] = scenes.pixels
+        arrays["attributes"][part] = object_attributes(scenes)
+        arrays["factors"][part] = np.stack([scenes.background, scenes.lighting, scenes.style], axis=1)
+        for array in arrays.values():
+            array.flush()
+        done = part.stop
+        write_atomically(done_file, json.dumps({**identity, "done": done}).encode())
+        if progress is not None:
+            progress(done, count)
+    attributes, factors = arrays["attributes"], np.asarray(arrays["factors"])
+    return TrainingSet(arrays["pixels"], attributes[..., 0], attributes[..., 1:], *factors.T)
+
+
+def object_attributes(scenes: SceneSet) -> np.ndarray:
+    """Bool ``[n, L, 1 + 9]``: is the label shown, and is one of its objects small, …, on the right."""
+    table = np.zeros((*scenes.truth.shape, 1 + len(ATTRIBUTES)), np.bool_)
+    rows = scenes.objects[scenes.objects["label"] >= 0]
+    table[rows["scene"], rows["label"], 0] = True
+    offset = 1
+    for name, values in (("scale", SCALES), ("pose", POSES), ("layout", LAYOUTS)):
+        table[rows["scene"], rows["label"], offset + rows[name]] = True
+        offset += len(values)
+    return table
