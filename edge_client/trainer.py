@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from fedmpt.edge_client.calibration import fit_scale_and_bias
 from fedmpt.edge_client.engine import Engine, EngineError
+from fedmpt.edge_client.metrics import class_f1, mean_average_precision, overall_f1
 from fedmpt.edge_client.optimizers import OPTIMIZERS, clip_gradients, cosine_rate
 from fedmpt.protocol.codec import State
 from fedmpt.protocol.errors import FedmptError
@@ -170,8 +172,17 @@ def calibrate(
 
 
 def received_metrics(engine: Engine, data: SiteData, state: State, batch_size: int) -> dict[str, float]:
-    """mAP, CF1 and OF1 of a state on the validation split; empty where the split is."""
-    return {}
+    """mAP, CF1 and OF1 (threshold 0.5) of a state on the validation split, left out where undefined."""
+    if not len(data.validation):
+        return {}
+    _, logits = head_outputs(engine, data, data.validation, state, batch_size)
+    labels = data.labels[data.validation]
+    figures = {
+        "mAP": mean_average_precision(logits, labels),
+        "CF1": class_f1(logits >= 0, labels),
+        "OF1": overall_f1(logits >= 0, labels),
+    }
+    return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
 def head_outputs(

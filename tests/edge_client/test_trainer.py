@@ -1,6 +1,6 @@
 """A round's local work on a small, real model: asymmetric-loss regression on the class token, in NumPy."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +8,7 @@ import pytest
 
 from fedmpt.edge_client.calibration import asymmetric_loss
 from fedmpt.edge_client.engine import EngineError, HeadOutput
+from fedmpt.edge_client.metrics import class_f1, mean_average_precision, overall_f1
 from fedmpt.edge_client.trainer import (
     SiteData,
     TrainingError,
@@ -219,6 +220,24 @@ def test_head_outputs_do_not_depend_on_the_batch_size():
     whole, parts = (head_outputs(LinearEngine(), data, data.train, _state(), size) for size in (64, 7))
     np.testing.assert_allclose(whole[0], parts[0], atol=1e-6)
     np.testing.assert_allclose(whole[1], parts[1], atol=1e-6)
+
+
+def test_the_metrics_are_those_of_the_received_state_on_the_validation_split():
+    engine, data, state = LinearEngine(), _site(), _state()
+    _, logits = head_outputs(engine, data, data.validation, state, 8)
+    labels = data.labels[data.validation]
+    for update in (_train(data=data), calibrate(engine, data, state, _manifest())):
+        assert update.metrics["mAP"] == mean_average_precision(logits, labels)
+        assert update.metrics["CF1"] == class_f1(logits >= 0, labels)
+        assert update.metrics["OF1"] == overall_f1(logits >= 0, labels)
+        assert update.validation_samples == 5
+
+
+def test_figures_that_the_validation_split_does_not_define_are_left_out():
+    data = _site()
+    data.labels[data.validation] = 0
+    assert sorted(_train(data=data).metrics) == ["loss"]
+    assert sorted(_train(data=replace(data, validation=data.validation[:0])).metrics) == ["loss"]
 
 
 def test_generators_of_similar_names_are_unrelated():
