@@ -1,0 +1,292 @@
+"""The feature cache: every photo through the frozen image encoder, once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedmpt.edge_client import cache_store
+from fedmpt.edge_client.cache_store import CacheError, Entry, Meta, Store
+from fedmpt.edge_client.datasets import LabelledPhoto
+from fedmpt.edge_client.images import PhotoError, Pixels, decode_pixels, read_photo
+from fedmpt.edge_client.labels import UNKNOWN, Labels
+from fedmpt.edge_client.onnx_session import open_session
+from fedmpt.protocol.files import sha256_file
+from fedmpt.protocol.manifest import BundleError, BundleManifest, load_manifest
+
+CHECKPOINT_SECONDS = 2.0  # what a kill may cost; each checkpoint waits for the disk a few times
+SPARE_BYTES = 64 << 20
+
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureCache:
+    """A complete cache: row i of everything belongs to one photo content.
+
+    ``tokens`` float16 ``[n, M, D]``, memory-mapped and read-only; ``labels`` int8 ``[n, C]`` (1, 0, −1 unknown);
+    ``hashes`` the SHA-256 of each photo's content; ``paths`` where it was found.
+    """
+
+    tokens: npt.NDArray[np.float16]
+    labels: Labels
+    hashes: tuple[str, ...]
+    paths: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.hashes)
+
+    def split(self, fraction: float = 0.1) -> tuple[Indices, Indices]:
+        """Row indices for training and for validation.
+
+        About ``fraction`` of the photos validate: those whose content hash, read as a number in [0, 1), lies
+        below it. So a photo's side never changes, whatever is added, renamed or copied.
+        """
+        position = np.array([int(content[:13], 16) for content in self.hashes], np.float64) / 16.0**13
+        held_out = position < fraction
+        return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """What a build did: photos in the cache, new ones encoded, old ones dropped, copies, and those that failed.
+
+    ``duplicates`` are photos whose content another one has too; where their labels disagree, the label is unknown.
+    """
+
+    photos: int
+    encoded: int
+    dropped: int
+    duplicates: tuple[Path, ...]
+    failed: tuple[PhotoError, ...]
+
+
+def open_cache(path: Path, manifest: BundleManifest) -> FeatureCache:
+    """Open a feature cache for a bundle, after checking all of it, the checksums of the tokens included.
+
+    Raises:
+        CacheError: missing, half-written, damaged, or of another encoder or other labels than the bundle's.
+    """
+    meta, rows = cache_store.read_index(path)
+    if (meta.encoder, meta.tokens, meta.width) != (
+        manifest.encoder_digest,
+        manifest.tokens.count,
+        manifest.tokens.width,
+    ):
+        raise CacheError(cache_store.other_encoder(path))
+    if meta.photos is None:
+        raise CacheError(
+            f"{path}: half-written; run the same `fedmpt cache` again, it goes on where it stopped"
+        )
+    if meta.labels != manifest.labels:
+        only = sorted(set(meta.labels) ^ set(manifest.labels))
+        what = f"differing in {', '.join(only[:5])}" if only else "in another order"
+        raise CacheError(
+            f"{path}: made for other labels ({what}); run `fedmpt cache` with this bundle to read them anew, "
+            "the features are kept"
+        )
+    view = [row for row in rows if row.labels is not None]
+    sound = [row.slot for row in view] == list(range(meta.photos))
+    if not sound or any(len(row.labels or b"") != len(meta.labels) for row in view):
+        raise CacheError(f"{path}: the index is damaged; delete the folder and run `fedmpt cache` again")
+    damaged = cache_store.damaged_slots(path, meta, view)
+    if damaged:
+        raise CacheError(
+            f"{path}: the features of {len(damaged)} photos are damaged; run `fedmpt cache` again to mend them"
+        )
+    labels = np.frombuffer(b"".join(row.labels or b"" for row in view), np.int8)
+    return FeatureCache(
+        tokens=cache_store.map_tokens(path, meta, len(view)),
+        labels=labels.reshape(len(view), len(meta.labels)),
+        hashes=tuple(row.hash for row in view),
+        paths=tuple(row.path or "" for row in view),
+    )
+
+
+def build_cache(
+    photos: Sequence[LabelledPhoto],
+    bundle: Path,
+    out: Path,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    batch_size: int = 8,
+    progress: Callable[[int, int | None], None] | None = None,
+) -> CacheReport:
+    """Encode photos into the cache at ``out``; afterwards it holds exactly these photos.
+
+    Only contents that it does not have yet are encoded, and a build that was killed goes on where it stopped.
+    Photos that cannot be read are left out and listed in the report.
+
+    Raises:
+        BundleError: the bundle's image encoder is missing or altered.
+        CacheError: ``out`` holds another encoder's cache, another build runs, the disk is full, or not one photo
+            could be read.
+        SessionError: ONNX Runtime or the device cannot be had.
+    """
+    manifest = load_manifest(bundle)
+    encoder = bundle / manifest.graphs["image_encoder"].file
+    if not encoder.is_file() or sha256_file(encoder) != manifest.encoder_digest:
+        raise BundleError(f"{encoder}: missing or altered; copy the whole bundle folder again")
+    meta = Meta(
+        encoder=manifest.encoder_digest,
+        labels=manifest.labels,
+        tokens=manifest.tokens.count,
+        width=manifest.tokens.width,
+        generation=0,
+        photos=None,
+    )
+    with cache_store.open_store(out, meta) as store:
+        session = open_session(encoder, device, threads)
+        build = _Build(store, session, batch_size)
+        _check_space(out, store, len(photos))
+        workers = threads or len(os.sched_getaffinity(0))
+        window = 2 * batch_size + workers
+        for done, item in enumerate(_decode(photos, manifest.clip.image_size, store, workers, window), 1):
+            build.add(item)
+            if progress:
+                progress(done, len(photos))
+        build.encode()
+        if not build.view:
+            reasons = "; ".join(str(error) for error in build.failed[:3]) or "the list is empty"
+            raise CacheError(f"{out}: none of {len(photos)} photos could be read ({reasons})")
+        dropped = store.publish(build.view, manifest.labels)
+    return CacheReport(
+        photos=len(build.view),
+        encoded=build.encoded,
+        dropped=dropped,
+        duplicates=tuple(build.duplicates),
+        failed=tuple(build.failed),
+    )
+
+
+def encode_pixels(session: Any, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float16]:
+    """Run the image encoder on uint8 RGB ``[B, S, S, 3]``; float16 ``[B, M, D]``."""
+    (tokens,) = session.run(["tokens"], {"pixels": pixels})
+    return np.asarray(tokens).astype(np.float16)
+
+
+@dataclass(frozen=True, eq=False)
+class _Item:
+    """A photo after reading: its content hash and, unless the cache has it, its pixels; or why it failed."""
+
+    photo: LabelledPhoto
+    hash: str = ""
+    pixels: Pixels | None = None
+    error: PhotoError | None = None
+
+
+class _Build:
+    """The state of one build: the batch that fills up, and the view that grows."""
+
+    def __init__(self, store: Store, session: Any, batch_size: int) -> None:
+        self.view: dict[str, Entry] = {}
+        self.failed: list[PhotoError] = []
+        self.duplicates: list[Path] = []
+        self.encoded = 0
+        self._store = store
+        self._session = session
+        self._batch_size = batch_size
+        self._batch: list[_Item] = []
+        self._saved = time.monotonic()
+
+    def add(self, item: _Item) -> None:
+        """Enter a photo into the view; encode when a batch is full."""
+        if item.error:
+            self.failed.append(item.error)
+            return
+        labels = item.photo.labels
+        if item.hash in self.view:
+            self.duplicates.append(item.photo.path)
+            self.view[item.hash] = Entry(
+                self.view[item.hash].path, _merge(self.view[item.hash].labels, labels)
+            )
+            return
+        self.view[item.hash] = Entry(str(item.photo.path), labels)
+        if item.pixels is not None:
+            self._batch.append(item)
+            if len(self._batch) == self._batch_size:
+                self.encode()
+
+    def encode(self) -> None:
+        """Encode and store the photos that wait."""
+        if not self._batch:
+            return
+        pixels = np.stack([item.pixels for item in self._batch if item.pixels is not None])
+        try:
+            tokens = encode_pixels(self._session, pixels)
+        except Exception as error:  # ONNX Runtime's exceptions share no base class but this
+            raise CacheError(
+                f"the image encoder failed on {len(pixels)} photos ({error}); "
+                "try a smaller --batch-size or --device cpu"
+            ) from error
+        finite = [bool(np.isfinite(photo).all()) for photo in tokens]
+        for item, sound in zip(self._batch, finite, strict=True):
+            if not sound:
+                del self.view[item.hash]
+                self.failed.append(
+                    PhotoError(item.photo.path, "the encoder gave features that are not finite")
+                )
+        hashes = [item.hash for item, sound in zip(self._batch, finite, strict=True) if sound]
+        self._store.append(hashes, tokens[finite])
+        self.encoded += len(hashes)
+        self._batch = []
+        if time.monotonic() - self._saved > CHECKPOINT_SECONDS:
+            self._store.checkpoint()
+            self._saved = time.monotonic()
+
+
+def _decode(
+    photos: Sequence[LabelledPhoto], size: int, store: Store, workers: int, window: int
+) -> Iterator[_Item]:
+    """Read and decode photos on several threads, in order, at most ``window`` ahead (Pillow releases the GIL)."""
+
+    def read(photo: LabelledPhoto) -> _Item:
+        try:
+            data = read_photo(photo.path)
+            content = hashlib.sha256(data).hexdigest()
+            pixels = None if content in store else decode_pixels(data, size, photo.path)
+            return _Item(photo, content, pixels)
+        except PhotoError as error:
+            return _Item(photo, error=error)
+
+    waiting: deque[Future[_Item]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for photo in photos:
+                waiting.append(pool.submit(read, photo))
+                if len(waiting) > window:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _merge(first: Labels, second: Labels) -> Labels:
+    """Labels of one content that was labelled twice: known beats unknown, a contradiction is unknown."""
+    filled = np.where(first == UNKNOWN, second, first)
+    contradicting = (first != second) & (first != UNKNOWN) & (second != UNKNOWN)
+    return np.where(contradicting, UNKNOWN, filled).astype(np.int8)
+
+
+def _check_space(out: Path, store: Store, photos: int) -> None:
+    """Refuse before the work, not after hours of it; photos that the cache has already need no room."""
+    needed = max(0, photos - len(store)) * store.row_bytes
+    free = shutil.disk_usage(out).free - SPARE_BYTES
+    if needed > free:
+        raise CacheError(
+            f"{out}: {photos} photos need about {needed >> 20} MB and {max(free, 0) >> 20} MB are free; "
+            "free some space, or use a bundle with pooled tokens"
+        )

@@ -1,0 +1,145 @@
+"""Opens ONNX graphs with ONNX Runtime on a device that is chosen, checked and stated."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from fedmpt.protocol.errors import FedmptError
+
+DEVICES = ("auto", "cpu", "cuda", "tensorrt")
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+REINSTALL = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'fedmpt-edge[cpu]'  (or [gpu])"
+
+logger = logging.getLogger(__name__)
+
+
+class SessionError(FedmptError):
+    """ONNX Runtime is missing or installed twice, or cannot run a graph on the device that was asked for."""
+
+
+def open_session(path: Path, device: str = "auto", threads: int | None = None) -> Any:
+    """Open a graph as an ``onnxruntime.InferenceSession`` and log which device really runs it, and why.
+
+    Args:
+        path: the ONNX file.
+        device: ``cpu``, ``cuda`` or ``tensorrt`` (or an error, never another device silently); ``auto`` takes
+            CUDA where it works and the CPU where not. TensorRT is never taken unasked: it compiles for minutes.
+        threads: CPU threads; all cores that this process may use where None.
+
+    Raises:
+        SessionError: no or two ONNX Runtimes installed, the device cannot be had, or the graph cannot be opened.
+    """
+    if device not in DEVICES:
+        raise SessionError(f"device {device!r} is unknown; use one of {', '.join(DEVICES)}")
+    onnxruntime = import_onnxruntime()
+    count = threads or len(os.sched_getaffinity(0))
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = count
+    options.inter_op_num_threads = 1
+    options.use_deterministic_compute = True
+    options.log_severity_level = 3  # the fallbacks that it warns of are checked and told below
+    wanted = "cuda" if device == "auto" else device
+    obstacle = _obstacle(onnxruntime, wanted)
+    if obstacle and device != "auto":
+        raise SessionError(f"--device {device}: {obstacle}")
+    names = {"cpu": ("cpu",), "cuda": ("cuda", "cpu"), "tensorrt": ("tensorrt", "cuda", "cpu")}
+    chosen = names["cpu" if obstacle else wanted]
+    try:
+        session = onnxruntime.InferenceSession(
+            str(path), options, providers=[(PROVIDERS[name], _provider_options(name)) for name in chosen]
+        )
+    except Exception as error:  # its exceptions share no base class but this
+        raise SessionError(
+            f"{path}: ONNX Runtime cannot open it ({error}); copy the file again, or make it anew"
+        ) from error
+    used = session_device(session)
+    if used != chosen[0]:  # the provider's libraries did not load, and it fell back on its own
+        obstacle = (
+            f"ONNX Runtime's {chosen[0].upper()} provider did not start; are CUDA {_cuda_version(onnxruntime)} "
+            "and cuDNN installed and the driver recent enough? `fedmpt doctor` tells more"
+        )
+        if device != "auto":
+            raise SessionError(f"--device {device}: {obstacle}")
+    reason = f" and not on CUDA: {obstacle}" if obstacle else ""
+    level = logging.WARNING if obstacle and _has_nvidia_device() else logging.INFO
+    logger.log(level, "%s runs on %s%s", path.name, describe(used, count), reason)
+    return session
+
+
+def session_device(session: Any) -> str:
+    """The device that a session really uses: ``cpu``, ``cuda`` or ``tensorrt``."""
+    first = session.get_providers()[0]
+    return next(name for name, provider in PROVIDERS.items() if provider == first)
+
+
+def describe(device: str, threads: int) -> str:
+    """A device in words, such as ``CPU (2 threads)``."""
+    return f"CPU ({threads} threads)" if device == "cpu" else device.upper()
+
+
+def import_onnxruntime() -> Any:
+    """Import ONNX Runtime, if exactly one of its packages is installed.
+
+    ``onnxruntime`` and ``onnxruntime-gpu`` fill the same folder: with both, which one runs is chance.
+
+    Raises:
+        SessionError: none, both, or the remains of one are installed; the text has the command that mends it.
+    """
+    installed = [name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name)]
+    if len(installed) > 1:
+        raise SessionError(f"onnxruntime and onnxruntime-gpu are both installed; run: {REINSTALL}")
+    try:
+        import onnxruntime
+    except ImportError as error:
+        cause = f"does not load ({error})" if installed else "is not installed"
+        remedy = REINSTALL if installed else "pip install 'fedmpt-edge[cpu]'  (or [gpu] for NVIDIA)"
+        raise SessionError(f"ONNX Runtime {cause}; run: {remedy}") from error
+    if not hasattr(onnxruntime, "InferenceSession"):  # what uninstalling one of two leaves behind
+        raise SessionError(f"ONNX Runtime is damaged: its package is incomplete; run: {REINSTALL}")
+    return onnxruntime
+
+
+def _obstacle(onnxruntime: Any, device: str) -> str | None:
+    """Why a device cannot be used here, as far as can be told before trying."""
+    if PROVIDERS[device] in onnxruntime.get_available_providers():
+        return None
+    return (
+        f"this ONNX Runtime ({onnxruntime.__version__}) is built without {device.upper()}; on a machine with an "
+        "NVIDIA GPU run: pip uninstall -y onnxruntime && pip install 'fedmpt-edge[gpu]'  "
+        "(on Jetson from NVIDIA's package index)"
+    )
+
+
+def _provider_options(name: str) -> dict[str, str]:
+    if name == "cuda":
+        # TF32 would keep 10 bits of mantissa: features and gradients would differ from the CPU's.
+        return {"use_tf32": "0"}
+    if name == "tensorrt":
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedmpt" / "tensorrt"
+        cache.mkdir(parents=True, exist_ok=True)
+        return {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(cache)}
+    return {}
+
+
+def _cuda_version(onnxruntime: Any) -> str:
+    return str(getattr(onnxruntime, "cuda_version", "") or "of its release notes")
+
+
+def _has_nvidia_device() -> bool:
+    return any(Path(name).exists() for name in ("/dev/nvidia0", "/dev/nvhost-gpu", "/dev/nvgpu"))
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
