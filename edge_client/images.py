@@ -72,6 +72,7 @@ def decode_pixels(data: bytes, size: int, path: Path | str) -> Pixels:
         PhotoError: not an image, truncated, too many pixels, or of unknown pixel type.
     """
     try:
+        # No draft mode: JPEG's own downscaling by 2 already differs by up to 5 levels from CLIP's pixels.
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
             if width * height > MAXIMUM_PIXELS:
@@ -95,13 +96,15 @@ def to_pixels(image: Image.Image, size: int) -> Pixels:
     cut out. The same as ``transformers.CLIPImageProcessorPil`` but for 16-bit grey, which that clips to white.
 
     Raises:
-        ValueError: 32-bit pixels, whose range no one states.
+        ValueError: 32-bit pixels, whose range no one states; or so elongated that resizing would fill the memory.
     """
     image = _to_rgb(image)
     width, height = image.size
     shorter = min(width, height)
     # int(), not round(): the longer side as CLIP computes it.
     width, height = int(size * width / shorter), int(size * height / shorter)
+    if width * height > MAXIMUM_PIXELS:
+        raise ValueError(f"{image.width}x{image.height} pixels, too elongated; cut it")
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
