@@ -1,0 +1,363 @@
+"""One MQTT connection that survives its broker: a small blocking interface over paho-mqtt.
+
+MQTT 5 with a session that outlives disconnections, or 3.1.1 where the broker has no 5. Everything is QoS 1 and
+acknowledged by hand, so that a message counts as received only once its receiver says so. Reconnection waits a
+random time ("full jitter"), so that a thousand sites do not return at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import random
+import ssl
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import Any
+
+import paho.mqtt.client as mqtt
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+
+from fedmpt.protocol.address import BrokerAddress
+from fedmpt.protocol.errors import FedmptError
+from fedmpt.protocol.events import (
+    BrokerUnreachable,
+    Connected,
+    Delivery,
+    Disconnected,
+    Event,
+    IdentityTaken,
+    Message,
+    PayloadTooLarge,
+    PublishRefused,
+    SubscribeRefused,
+)
+
+logger = logging.getLogger(__name__)
+
+KEEPALIVE_SECONDS = 30
+SESSION_EXPIRY_SECONDS = 24 * 3600
+IN_FLIGHT = 1000  # paho's default of 20 stalls bursts: each 20 messages would wait for a round trip
+OUTBOX = 20_000
+PATIENCE_SECONDS = 2.0  # for the answer to the first CONNECT
+BACKOFF_SECONDS = (0.5, 30.0)  # first ceiling and last
+# Signs of a second client with our id, within a minute: the broker says "taken over" (MQTT 5; mosquitto 2.0 does
+# not), or connections end within seconds of being accepted. The weaker sign must show more often.
+TAKEOVERS, BRIEF_CONNECTIONS, BRIEF_SECONDS = 3, 8, 5.0
+_UNSUPPORTED_VERSION, _TAKEN_OVER = 132, 142
+_HEADER_BYTES = 32  # more than MQTT adds to topic and payload
+
+
+class Connection:
+    """A client of one broker with a stable id. Use it as a context manager.
+
+    ``will`` (topic, payload) is what the broker publishes, retained, if we vanish. With ``persistent`` the broker
+    keeps our session for a day; ``receive_window`` bounds how many unacknowledged messages it sends ahead.
+    """
+
+    def __init__(
+        self,
+        address: BrokerAddress,
+        client_id: str,
+        *,
+        subscriptions: Sequence[str] = (),
+        will: tuple[str, bytes] | None = None,
+        persistent: bool = True,
+        receive_window: int = IN_FLIGHT,
+        maximum_packet_size: int | None = None,
+    ) -> None:
+        self.address = address
+        self.client_id = client_id
+        self.maximum_packet_size: int | None = None  # the broker's, known once connected
+        self.protocol = MQTTProtocolVersion.MQTTv5
+        self._subscriptions = [(topic, 1) for topic in subscriptions]
+        self._will = will
+        self._persistent = persistent
+        self._receive_window = receive_window
+        self._own_maximum = maximum_packet_size
+        self._send_window = self._allowed_window = IN_FLIGHT
+        self._events: queue.Queue[Event | FedmptError] = queue.Queue(2 * receive_window)
+        self._lock = threading.Lock()  # generation, deliveries; never held while paho takes a lock of its own
+        self._generation = 0
+        self._deliveries: dict[int, Delivery] = {}
+        self._early: dict[int, str] = {}
+        self._accepted = threading.Event()
+        self._settled = threading.Event()
+        self._refusal: ReasonCode | None = None
+        self._attempt = 0
+        self._patience = PATIENCE_SECONDS
+        self._accepted_at = 0.0
+        self._takeovers: list[float] = []
+        self._brief: list[float] = []
+        self._closed = False
+        self._tls = address.tls_context()
+        self._client = self._new_client()
+
+    def connect(self, timeout: float | None = 15.0) -> None:
+        """Connect and wait until the broker accepts us; keep trying for ``timeout`` seconds (None: for ever).
+
+        Raises:
+            BrokerUnreachable: with the last failure as its reason.
+        """
+        end = None if timeout is None else time.monotonic() + timeout
+        while True:
+            try:
+                problem = self._try_once()
+            except ssl.SSLCertVerificationError as error:
+                raise BrokerUnreachable(
+                    f"broker {self.address.url}: TLS failed ({error}); check --ca, the broker's certificate "
+                    "and the name that it is made out to"
+                ) from error
+            except OSError as error:
+                problem = str(error)
+            if not problem:
+                return
+            logger.debug("connecting to %s: %s", self.address.url, problem)
+            pause = self._next_pause()
+            if end is not None and time.monotonic() + pause >= end:
+                raise BrokerUnreachable(
+                    f"broker {self.address.url}: {problem}; check that it runs and that host, port, TLS and "
+                    "firewall are right"
+                )
+            time.sleep(pause)
+
+    def receive(self, timeout: float | None = None) -> Event | None:
+        """The next event, or None when none came within ``timeout`` seconds (None: wait for ever).
+
+        Raises:
+            IdentityTaken, SubscribeRefused: the connection has been given up.
+        """
+        try:
+            event = self._events.get(timeout=timeout) if timeout != 0 else self._events.get_nowait()
+        except queue.Empty:
+            return None
+        if isinstance(event, FedmptError):
+            raise event
+        return event
+
+    def acknowledge(self, message: Message) -> None:
+        """Tell the broker that ``message`` need not come again.
+
+        A message of an earlier connection is not acknowledged: the broker sends it again, and its number may
+        belong to another message by now.
+        """
+        with self._lock:
+            if message.generation == self._generation:
+                self._client.ack(message.packet, message.qos)
+
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> Delivery:
+        """Send at least once; while the connection is down, the message is kept until it is back.
+
+        Raises:
+            PayloadTooLarge: it exceeds the broker's maximum packet size.
+            PublishRefused: too many messages wait already.
+        """
+        self.check_size(topic, len(payload))
+        delivery = Delivery(topic)
+        info = self._client.publish(topic, payload, qos=1, retain=retain)
+        if info.rc == MQTTErrorCode.MQTT_ERR_QUEUE_SIZE:
+            raise PublishRefused(f"{topic}: {OUTBOX} messages wait for the broker already; is it overloaded?")
+        with self._lock:
+            if info.mid in self._early:
+                delivery.finish(self._early.pop(info.mid))
+            else:
+                self._deliveries[info.mid] = delivery
+        return delivery
+
+    def check_size(self, topic: str, payload_bytes: int) -> None:
+        """Raise PayloadTooLarge if the broker would not take such a message; names both sizes."""
+        size = payload_bytes + len(topic.encode()) + _HEADER_BYTES
+        if self.maximum_packet_size is not None and size > self.maximum_packet_size:
+            raise PayloadTooLarge(
+                f"{topic}: a message of {size} bytes, but the broker takes at most {self.maximum_packet_size}; "
+                "raise its maximum packet size (mosquitto: max_packet_size), or use a smaller update encoding"
+            )
+
+    def close(self) -> None:
+        """Disconnect cleanly (the will is not published); what the broker has not taken is lost."""
+        self._closed = True
+        self._client.disconnect()
+        self._client.loop_stop()
+
+    def __enter__(self) -> Connection:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _new_client(self) -> mqtt.Client:
+        five = self.protocol == MQTTProtocolVersion.MQTTv5
+        client = mqtt.Client(
+            CallbackAPIVersion.VERSION2,
+            self.client_id,
+            clean_session=None if five else not self._persistent,
+            protocol=self.protocol,
+            manual_ack=True,
+        )
+        client.max_inflight_messages_set(self._send_window)
+        client.max_queued_messages_set(OUTBOX)
+        if self.address.username:
+            client.username_pw_set(self.address.username, self.address.password)
+        if self._tls:
+            client.tls_set_context(self._tls)
+        if self._will:
+            client.will_set(self._will[0], self._will[1], qos=1, retain=True)
+        client.on_connect = self._on_connect
+        client.on_connect_fail = lambda client, data: self._pause(client)
+        client.on_disconnect = self._on_disconnect
+        client.on_message = self._on_message
+        client.on_publish = self._on_publish
+        client.on_subscribe = self._on_subscribe
+        return client
+
+    def _try_once(self) -> str:
+        """One attempt from TCP to CONNACK; returns the problem, empty when we are in."""
+        self._accepted.clear()
+        self._settled.clear()
+        self._refusal = None
+        options: dict[str, Any] = {}
+        if self.protocol == MQTTProtocolVersion.MQTTv5:
+            properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+            properties.ReceiveMaximum = self._receive_window
+            properties.SessionExpiryInterval = SESSION_EXPIRY_SECONDS if self._persistent else 0
+            if self._own_maximum:
+                properties.MaximumPacketSize = self._own_maximum
+            options = {"clean_start": not self._persistent, "properties": properties}
+        self._client.connect(self.address.host, self.address.port, KEEPALIVE_SECONDS, **options)
+        self._client.loop_start()
+        self._settled.wait(self._patience)
+        if self._accepted.is_set() and self._send_window <= self._allowed_window:
+            return ""
+        self._client.disconnect()
+        self._client.loop_stop()
+        if self._accepted.is_set():
+            # The broker allows fewer messages in flight than we began with, and paho's window is fixed while it
+            # is connected: come back with the allowed one.
+            self._send_window = self._allowed_window
+            self._events = queue.Queue(2 * self._receive_window)
+            self._client = self._new_client()
+            return self._try_once()
+        refusal = self._refusal
+        if refusal is not None and refusal.value != _UNSUPPORTED_VERSION:
+            raise BrokerUnreachable(
+                f"broker {self.address.url} does not accept us as {self.client_id!r} ({refusal}); "
+                "check user name, password and certificate"
+            )
+        # A broker without MQTT 5 may refuse it, hang up or just not answer (amqtt): try the other version, and
+        # be more patient each time round.
+        self._patience *= 1.5
+        was_five = self.protocol == MQTTProtocolVersion.MQTTv5
+        self.protocol = MQTTProtocolVersion.MQTTv311 if was_five else MQTTProtocolVersion.MQTTv5
+        self._client = self._new_client()
+        return "it closed the connection, or did not answer, before accepting us"
+
+    def _next_pause(self) -> float:
+        first, last = BACKOFF_SECONDS
+        ceiling = min(last, first * 2.0 ** min(self._attempt, 10))
+        self._attempt += 1
+        return random.uniform(0, ceiling)
+
+    # What follows runs in paho's network thread.
+
+    def _on_connect(
+        self, client: mqtt.Client, data: Any, flags: Any, reason: ReasonCode, properties: Properties | None
+    ) -> None:
+        if reason.is_failure:
+            self._refusal = reason
+            if self._accepted.is_set():
+                logger.error("broker %s no longer accepts us: %s", self.address.url, reason)
+            self._settled.set()
+            return
+        self._attempt = 0
+        self._accepted_at = time.monotonic()
+        self.maximum_packet_size = getattr(properties, "MaximumPacketSize", None)
+        self._allowed_window = getattr(properties, "ReceiveMaximum", 65535)
+        if self._subscriptions:
+            client.subscribe(self._subscriptions)
+        self._accepted.set()
+        self._settled.set()
+        self._put(Connected("5" if self.protocol == MQTTProtocolVersion.MQTTv5 else "3.1.1"))
+
+    def _on_disconnect(
+        self, client: mqtt.Client, data: Any, flags: Any, reason: ReasonCode, properties: Properties | None
+    ) -> None:
+        with self._lock:
+            self._generation += 1
+        self._settled.set()
+        if self._closed or not self._accepted.is_set():
+            return
+        self._pause(client)
+        if self._second_client(reason):
+            self._put(
+                IdentityTaken(
+                    f"broker {self.address.url} keeps closing the connection of {self.client_id!r}: another client "
+                    "seems to run under this name; stop it, or give each its own name"
+                )
+            )
+            self._closed = True
+            client.disconnect()
+            return
+        self._put(Disconnected(str(reason)))
+
+    def _second_client(self, reason: ReasonCode) -> bool:
+        now = time.monotonic()
+        for sign, moments in (
+            (reason.value == _TAKEN_OVER, self._takeovers),
+            (now - self._accepted_at < BRIEF_SECONDS, self._brief),
+        ):
+            moments[:] = [moment for moment in moments if now - moment < 60] + [now] * sign
+        return len(self._takeovers) >= TAKEOVERS or len(self._brief) >= BRIEF_CONNECTIONS
+
+    def _pause(self, client: mqtt.Client) -> None:
+        """Let paho wait a random time before it tries again."""
+        seconds: Any = self._next_pause()  # paho says int, and works with float
+        client.reconnect_delay_set(seconds, seconds)
+
+    def _on_message(self, client: mqtt.Client, data: Any, message: mqtt.MQTTMessage) -> None:
+        try:
+            topic = message.topic
+        except UnicodeDecodeError:
+            client.ack(message.mid, message.qos)
+            return
+        self._put(
+            Message(topic, bytes(message.payload), message.retain, message.mid, message.qos, self._generation)
+        )
+
+    def _on_publish(
+        self, client: mqtt.Client, data: Any, packet: int, reason: ReasonCode, properties: Properties
+    ) -> None:
+        refusal = str(reason) if reason.is_failure else ""
+        with self._lock:
+            delivery = self._deliveries.pop(packet, None)
+            if delivery is None:
+                self._early[packet] = refusal
+        if delivery is not None:
+            delivery.finish(refusal)
+            if refusal:
+                logger.warning("%s: the broker refused it: %s", delivery.topic, refusal)
+
+    def _on_subscribe(
+        self, client: mqtt.Client, data: Any, packet: int, reasons: list[ReasonCode], properties: Any
+    ) -> None:
+        for (topic, _), reason in zip(self._subscriptions, reasons, strict=True):
+            if reason.is_failure:
+                self._put(
+                    SubscribeRefused(
+                        f"broker {self.address.url} refused the subscription to {topic} ({reason}); check its ACL"
+                    )
+                )
+
+    def _put(self, event: Event | FedmptError) -> None:
+        """Hand an event to the receiver; a full queue blocks, and TCP then slows the broker down."""
+        while not self._closed:
+            with suppress(queue.Full):
+                self._events.put(event, timeout=1)
+                return

@@ -1,0 +1,79 @@
+"""What a connection reports: events, the fate of publications, and its errors, one per cause."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+from fedmpt.protocol.errors import FedmptError
+
+
+class BrokerUnreachable(FedmptError):
+    """No connection: refused, unknown host, TLS failure, or the broker does not accept us."""
+
+
+class IdentityTaken(FedmptError):
+    """Another client keeps connecting with this client's id."""
+
+
+class PayloadTooLarge(FedmptError):
+    """A payload exceeds the broker's maximum packet size."""
+
+
+class PublishRefused(FedmptError):
+    """The broker refused a publication, or there is no room to keep it until the broker is back."""
+
+
+class SubscribeRefused(FedmptError):
+    """The broker refused a subscription."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One received publication; hand it to ``Connection.acknowledge`` once its effect is durable."""
+
+    topic: str
+    payload: bytes
+    retained: bool
+    packet: int
+    qos: int
+    generation: int
+
+
+@dataclass(frozen=True)
+class Connected:
+    """The broker accepted us, for the first time or again; publications resume by themselves."""
+
+    protocol: str
+
+
+@dataclass(frozen=True)
+class Disconnected:
+    """The connection is lost; it is being made again."""
+
+    reason: str
+
+
+Event = Message | Connected | Disconnected
+
+
+class Delivery:
+    """The fate of one publication."""
+
+    def __init__(self, topic: str) -> None:
+        self.topic = topic
+        self.refusal = ""
+        self._done = threading.Event()
+
+    def finish(self, refusal: str) -> None:
+        self.refusal = refusal
+        self._done.set()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the broker has the message; False when the time ran out. Raises PublishRefused."""
+        done = self._done.wait(timeout)
+        if self.refusal:
+            raise PublishRefused(
+                f"{self.topic}: the broker refused it ({self.refusal}); check the certificate and the ACL"
+            )
+        return done
