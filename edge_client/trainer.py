@@ -147,35 +147,53 @@ def train_round(
         loss = total / seen
         if on_epoch and not timed_out and epoch + 1 < training.epochs:
             on_epoch(Checkpoint(epoch + 1, current, memory, loss))
-    metrics = {"loss": loss, **received_metrics(engine, data, state, training.batch_size)}
+    metrics = {"loss": loss, **received_metrics(engine, data, state, training.batch_size, should_stop)}
     return LocalUpdate(_difference(current, state), len(rows), len(data.validation), metrics)
 
 
 def calibrate(
-    engine: Engine, data: SiteData, state: State, manifest: BundleManifest | Manifest
+    engine: Engine,
+    data: SiteData,
+    state: State,
+    manifest: BundleManifest | Manifest,
+    *,
+    should_stop: Callable[[], bool] | None = None,
+    progress: Progress | None = None,
 ) -> LocalUpdate:
     """Round 0: fit ``scale`` and ``bias`` on the head's scores; the difference holds these two alone.
+
+    Args:
+        engine, data, state, manifest, should_stop: as for :func:`train_round`.
+        progress: called with (batches scored, batches in all).
 
     Raises:
         TrainingError: no training photo has a known label.
         EngineError: a score is not finite.
+        TrainingStopped: see ``should_stop``.
     """
-    rows = _labelled(data)
-    labels = data.labels[rows]
-    scores, _ = head_outputs(engine, data, rows, state, manifest.training.batch_size)
+    rows, batch_size = _labelled(data), manifest.training.batch_size
+    scores, _ = head_outputs(
+        engine, data, rows, state, batch_size, should_stop=should_stop, progress=progress
+    )
     scale, bias, loss = fit_scale_and_bias(
-        scores, labels, float(state["scale"]), float(state["bias"]), manifest.training
+        scores, data.labels[rows], float(state["scale"]), float(state["bias"]), manifest.training
     )
     fitted = {"scale": np.asarray(scale, np.float32), "bias": np.asarray(bias, np.float32)}
-    metrics = {"loss": loss, **received_metrics(engine, data, state, manifest.training.batch_size)}
+    metrics = {"loss": loss, **received_metrics(engine, data, state, batch_size, should_stop)}
     return LocalUpdate(_difference(fitted, state), len(rows), len(data.validation), metrics)
 
 
-def received_metrics(engine: Engine, data: SiteData, state: State, batch_size: int) -> dict[str, float]:
+def received_metrics(
+    engine: Engine,
+    data: SiteData,
+    state: State,
+    batch_size: int,
+    should_stop: Callable[[], bool] | None = None,
+) -> dict[str, float]:
     """mAP, CF1 and OF1 (threshold 0.5) of a state on the validation split, left out where undefined."""
     if not len(data.validation):
         return {}
-    _, logits = head_outputs(engine, data, data.validation, state, batch_size)
+    _, logits = head_outputs(engine, data, data.validation, state, batch_size, should_stop=should_stop)
     labels = data.labels[data.validation]
     figures = {
         "mAP": mean_average_precision(logits, labels),
@@ -186,20 +204,33 @@ def received_metrics(engine: Engine, data: SiteData, state: State, batch_size: i
 
 
 def head_outputs(
-    engine: Engine, data: SiteData, rows: Rows, state: State, batch_size: int
+    engine: Engine,
+    data: SiteData,
+    rows: Rows,
+    state: State,
+    batch_size: int,
+    *,
+    should_stop: Callable[[], bool] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Scores and logits ``[len(rows), C]`` of a state; the text features are computed once.
 
     Raises:
         EngineError: one is not finite.
+        TrainingStopped: ``should_stop`` said so.
     """
     text = engine.text_features(state)
     scores = np.empty((len(rows), data.labels.shape[1]), np.float32)
     logits = np.empty_like(scores)
-    for first in range(0, len(rows), batch_size):
-        chosen = rows[first : first + batch_size]
-        output = engine.head(state, text, data.tokens[chosen])
-        scores[first : first + batch_size], logits[first : first + batch_size] = output.scores, output.logits
+    batches = -(-len(rows) // batch_size)
+    for batch in range(batches):
+        if should_stop and should_stop():
+            raise TrainingStopped
+        part = slice(batch * batch_size, (batch + 1) * batch_size)
+        output = engine.head(state, text, data.tokens[rows[part]])
+        scores[part], logits[part] = output.scores, output.logits
+        if progress:
+            progress(batch + 1, batches)
     if not np.isfinite(logits).all():
         raise EngineError(
             "the head gave a logit that is not finite; check the received state and the feature cache"

@@ -1,0 +1,320 @@
+"""The MQTT client of a site: join, train, publish, wait for the receipt; survive everything in between.
+
+The network has threads of its own (paho's, and one that files messages in the inbox), so training goes on
+whatever happens to the connection. All that a client needs to join is retained by the broker.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fedmpt.edge_client.engine import Engine
+from fedmpt.edge_client.inbox import Inbox, Task
+from fedmpt.edge_client.schedule import Window
+from fedmpt.edge_client.site_connection import LOOK_SECONDS, Report, open_site_connection
+from fedmpt.edge_client.site_state import SiteState, Work, open_site_state
+from fedmpt.edge_client.trainer import (
+    LocalUpdate,
+    Progress,
+    SiteData,
+    TrainingStopped,
+    calibrate,
+    train_round,
+)
+from fedmpt.protocol.address import BrokerAddress
+from fedmpt.protocol.codec import State, Update, encode_update
+from fedmpt.protocol.connection import Connection
+from fedmpt.protocol.errors import FedmptError
+from fedmpt.protocol.manifest import BundleManifest, canonical_json
+from fedmpt.protocol.messages import Manifest, Presence, Receipt
+from fedmpt.protocol.topics import Topics
+
+logger = logging.getLogger(__name__)
+
+CALIBRATED = ("bias", "scale")
+RESEND_SECONDS = (15.0, 300.0)  # first and longest wait for a receipt before an update is sent again
+
+
+class ClientError(FedmptError):
+    """The federation asks for what this site does not have or cannot do."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """Who takes part, and with what. ``fingerprint`` is a digest of the photos and labels."""
+
+    federation: str
+    client: str
+    bundle: BundleManifest
+    engine: Engine
+    data: SiteData
+    fingerprint: str
+    capabilities: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The site's own limits: training seconds per round, and the daily window (None: no limit)."""
+
+    seconds_per_round: float | None = None
+    active: Window | None = None
+
+
+def run_client(
+    site: Site,
+    address: BrokerAddress,
+    state_folder: Path,
+    *,
+    limits: Limits = Limits(),
+    stop: threading.Event,
+    report: Report,
+    progress: Progress | None = None,
+) -> State | None:
+    """Take part in a federation until it is finished or ``stop`` is set.
+
+    Args:
+        site: who takes part, and with what.
+        address: the broker.
+        state_folder: where checkpoints and the finished update are kept; one client's alone.
+        limits: the site's own limits.
+        stop: set it (from a signal handler, say) to leave after the batch in flight.
+        report: called with what happens: an event's name and its facts.
+        progress: called with (batches done, batches in all) of the round in training.
+
+    Returns:
+        The final global state; None where ``stop`` came first.
+
+    Raises:
+        ClientError: the federation is of another bundle, or a round asks for what this version cannot do.
+        BrokerUnreachable, IdentityTaken, PublishRefused, SubscribeRefused, PayloadTooLarge: see the connection.
+        SiteStateError: the folder is in use or cannot be written.
+    """
+    topics = Topics(site.federation)
+    inbox = Inbox(topics, site.client, site.bundle.state)
+    presence = Presence(
+        federation=site.federation,
+        client=site.client,
+        online=True,
+        bundle=site.bundle.digest,
+        samples=len(site.data.train),
+        capabilities=site.capabilities,
+    )
+    with (
+        open_site_state(state_folder) as files,
+        open_site_connection(address, site.client, topics, presence, inbox, report) as connection,
+    ):
+        return _Client(site, topics, inbox, connection, files, limits, stop, report, progress).run()
+
+
+@dataclass
+class _Client:
+    """The training thread's part; everything it waits for is in the inbox."""
+
+    site: Site
+    topics: Topics
+    inbox: Inbox
+    connection: Connection
+    files: SiteState
+    limits: Limits
+    stop: threading.Event
+    report: Report
+    progress: Progress | None
+    checked: Manifest | None = None  # the manifest that was found good
+    answered: tuple[Work, int | None] | None = None  # the work whose receipt has come, and its announcement
+    waiting_for: str = ""
+    seen: int = 0  # the inbox's version when it was last looked at
+
+    def run(self) -> State | None:
+        while not self.stop.is_set():
+            self.seen = self.inbox.version
+            self._check_manifest()
+            task = self.inbox.task()
+            if task is None:
+                self._wait("the federation's manifest, round and state")
+            elif task.round.phase == "finished":
+                self.report("finished", {"round": task.round.round, "state": task.round.state})
+                return task.state
+            elif self.site.client not in task.round.clients:
+                self._wait(f"the next round (not chosen for round {task.round.round})")
+            elif self.answered in ((work := self._work(task), None), (work, task.announcement)):
+                self._wait(f"the end of round {task.round.round}")
+            elif (payload := self.files.load_update(work)) is not None:
+                self._deliver(task, work, payload)
+            elif not self._is_active():
+                self._wait("the time window in which this site trains")
+            else:
+                update = self._train(task, work)
+                if update is not None:
+                    self.files.save_update(work, self._encode(task, update))
+        return None
+
+    def _check_manifest(self) -> None:
+        """Refuse a federation of another bundle, and one whose updates could not be delivered."""
+        manifest = self.inbox.manifest()
+        if manifest is None or manifest == self.checked:
+            return
+        if manifest.bundle != self.site.bundle.digest:
+            raise ClientError(
+                f"federation {manifest.federation} trains the bundle {manifest.bundle[:12]}…, but this site's "
+                f"bundle is {self.site.bundle.digest[:12]}…; copy the federation's bundle folder to this site"
+            )
+        nothing = {name: np.zeros(_sizes(spec.shape), np.float32) for name, spec in manifest.state.items()}
+        size = len(_encode(manifest, self.site, 0, "0" * 64, LocalUpdate(nothing, 0, 0, {})))
+        if size > manifest.limits.update_bytes:
+            raise ClientError(
+                f"an update of this bundle has {size} bytes, but federation {manifest.federation} accepts "
+                f"{manifest.limits.update_bytes}; ask its operator to raise the limit"
+            )
+        self.connection.check_size(self.topics.update(0, self.site.client), size)
+        self.checked = manifest
+        self.report("joined", {"method": manifest.method, "rounds": manifest.training.rounds})
+
+    def _work(self, task: Task) -> Work:
+        setup = canonical_json([dataclasses.asdict(task.manifest), self.site.fingerprint])
+        return Work(
+            federation=self.site.federation,
+            client=self.site.client,
+            round=task.round.round,
+            phase=task.round.phase,
+            base=task.round.state,
+            setup=hashlib.sha256(setup).hexdigest(),
+        )
+
+    def _train(self, task: Task, work: Work) -> LocalUpdate | None:
+        """The round's update; None where it was interrupted."""
+        self.waiting_for = ""
+        opened, manifest = task.round, task.manifest
+        expected = sorted(CALIBRATED) if opened.phase == "calibrate" else sorted(manifest.state)
+        if sorted(opened.trainable) != expected:
+            raise ClientError(
+                f"round {opened.round} ({opened.phase}) asks to train {', '.join(opened.trainable)}, but this "
+                f"version trains {', '.join(expected)}; run the same release on all sites"
+            )
+        self.report("training", {"round": opened.round, "phase": opened.phase})
+        engine, data = self.site.engine, self.site.data
+        if not manifest.metrics:
+            data = dataclasses.replace(data, validation=data.validation[:0])
+        limit, start = self.limits.seconds_per_round, time.monotonic()
+
+        def should_stop() -> bool:
+            return not self._is_wanted(task) or not self._is_active()
+
+        try:
+            if opened.phase == "calibrate":
+                update = calibrate(
+                    engine, data, task.state, manifest, should_stop=should_stop, progress=self.progress
+                )
+            else:
+                update = train_round(
+                    engine,
+                    data,
+                    task.state,
+                    manifest,
+                    round_number=opened.round,
+                    client=self.site.client,
+                    seed=manifest.training.seed,
+                    resume=self.files.load_checkpoint(work),
+                    on_epoch=lambda checkpoint: self.files.save_checkpoint(work, checkpoint),
+                    out_of_time=lambda: limit is not None and time.monotonic() - start >= limit,
+                    should_stop=should_stop,
+                    progress=self.progress,
+                )
+        except TrainingStopped:
+            self.report("interrupted", {"round": opened.round})
+            return None
+        seconds = round(time.monotonic() - start, 3)
+        self.report(
+            "trained",
+            {
+                "round": opened.round,
+                "phase": opened.phase,
+                "seconds": seconds,
+                "samples": update.samples,
+                **update.metrics,
+            },
+        )
+        return update
+
+    def _encode(self, task: Task, update: LocalUpdate) -> bytes:
+        if not task.manifest.metrics:
+            update = dataclasses.replace(update, metrics={})
+        return _encode(task.manifest, self.site, task.round.round, task.round.state, update)
+
+    def _deliver(self, task: Task, work: Work, payload: bytes) -> None:
+        """Send an update until it is answered, or its round is over."""
+        digest = hashlib.sha256(payload).hexdigest()
+        topic = self.topics.update(work.round, work.client)
+        pause, longest = RESEND_SECONDS
+        while self._is_wanted(task):
+            delivery = self.connection.publish(topic, payload)
+            self.report("sent", {"round": work.round, "bytes": len(payload)})
+            sent = time.monotonic()
+            # What the broker has not taken yet waits in the connection; sending it again would double it.
+            while self._is_wanted(task) and not (delivery.wait(0) and time.monotonic() - sent >= pause):
+                self.seen = self.inbox.version
+                receipt = self.inbox.receipt(digest)
+                if receipt is not None:
+                    self._finish(task, work, receipt)
+                    return
+                self.inbox.wait(self.seen, LOOK_SECONDS)
+            pause = min(2 * pause, longest)
+
+    def _finish(self, task: Task, work: Work, receipt: Receipt) -> None:
+        # A round that is announced again may come from an aggregator that has lost our update, so it gets it
+        # again (a duplicate changes nothing); what was refused once would be refused again.
+        self.answered = (work, None if receipt.status == "rejected" else task.announcement)
+        self.report(
+            "receipt",
+            {
+                "round": work.round,
+                "status": receipt.status,
+                "check": receipt.check,
+                "reason": receipt.reason,
+            },
+        )
+        if receipt.status == "rejected":
+            logger.error("round %d: update refused (%s): %s", work.round, receipt.check, receipt.reason)
+            self.files.discard_update(work)
+
+    def _is_wanted(self, task: Task) -> bool:
+        return not self.stop.is_set() and self.inbox.is_open(task.round)
+
+    def _is_active(self) -> bool:
+        window = self.limits.active
+        return window is None or window.contains(datetime.datetime.now().time())
+
+    def _wait(self, reason: str) -> None:
+        if reason != self.waiting_for:
+            self.waiting_for = reason
+            self.report("waiting", {"for": reason})
+        self.inbox.wait(self.seen, LOOK_SECONDS)
+
+
+def _encode(manifest: Manifest, site: Site, round_number: int, base: str, update: LocalUpdate) -> bytes:
+    return encode_update(
+        Update(
+            federation=site.federation,
+            round=round_number,
+            client=site.client,
+            base=base,
+            samples=update.samples,
+            validation_samples=update.validation_samples,
+            metrics=update.metrics,
+            difference=update.difference,
+        ),
+        manifest.encoding,
+    )
+
+
+def _sizes(shape: tuple[int | str, ...]) -> tuple[int, ...]:
+    return tuple(int(size) for size in shape)

@@ -1,0 +1,72 @@
+"""A client's connection: messages go to its inbox, and the federation sees its presence."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from fedmpt.edge_client.inbox import Inbox
+from fedmpt.protocol.address import BrokerAddress
+from fedmpt.protocol.connection import Connection
+from fedmpt.protocol.errors import FedmptError
+from fedmpt.protocol.events import Connected, Disconnected, Message, PublishRefused
+from fedmpt.protocol.messages import Presence, to_json
+from fedmpt.protocol.topics import Topics
+
+logger = logging.getLogger(__name__)
+
+LOOK_SECONDS = 1.0  # how often a waiting thread looks at the clock and at its stop flag
+GOODBYE_SECONDS = 2.0
+
+Report = Callable[[str, Mapping[str, Any]], None]
+
+
+@contextmanager
+def open_site_connection(
+    address: BrokerAddress, client: str, topics: Topics, presence: Presence, inbox: Inbox, report: Report
+) -> Iterator[Connection]:
+    """Connect, fill the inbox from a thread of its own, and say hello, again after every reconnection.
+
+    On leaving, the client says goodbye; if it vanishes, the broker does that for it (last will).
+
+    Raises:
+        BrokerUnreachable: see ``Connection.connect``. What fails later reaches the inbox's reader.
+    """
+    topic = topics.presence(client)
+    online, offline = (to_json(dataclasses.replace(presence, online=value)) for value in (True, False))
+    connection = Connection(address, client, subscriptions=inbox.subscriptions, will=(topic, offline))
+    done = threading.Event()
+
+    def listen() -> None:
+        while not done.is_set():
+            try:
+                event = connection.receive(timeout=LOOK_SECONDS)
+                if isinstance(event, Connected):
+                    connection.publish(topic, online, retain=True)
+                    report("connected", {"broker": address.url, "mqtt": event.protocol})
+            except FedmptError as error:
+                inbox.fail(error)
+                return
+            if isinstance(event, Disconnected):
+                report("disconnected", {"broker": address.url, "reason": event.reason})
+            elif isinstance(event, Message):
+                inbox.take(event.topic, event.payload)
+                connection.acknowledge(event)
+
+    with connection:
+        connection.connect()
+        listener = threading.Thread(target=listen, name="fedmpt-inbox", daemon=True)
+        listener.start()
+        try:
+            yield connection
+        finally:
+            done.set()
+            listener.join()
+            try:
+                connection.publish(topic, offline, retain=True).wait(GOODBYE_SECONDS)
+            except PublishRefused as error:
+                logger.debug("no goodbye: %s", error)
