@@ -1,0 +1,257 @@
+"""Train the micro-CLIP: ``python -m fedmpt.simulation.micro_clip --out FOLDER``.
+
+CLIP's architecture in small (112 pixels, patches of 16, width 192) learns on ``pretrain`` scenes with captions. For a
+batch of pictures and a list of captions a sigmoid loss (Zhai et al. 2023) is put on the similarity of every pair,
+once for the class token and once for the best patch, so that both align with text. The result is a folder that
+``transformers.CLIPModel.from_pretrained`` loads. Same seed and thread count, same weights, also when resumed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.nn import functional
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+from fedmpt.protocol.files import atomic_path, write_atomically
+from fedmpt.simulation.micro_clip_captions import CONTEXT, attribute_captions, label_captions, truth_of
+from fedmpt.simulation.micro_clip_data import TrainingSet, render_training_set
+from fedmpt.simulation.micro_clip_tokenizer import make_tokenizer
+from fedmpt.simulation.scenes import SIZE, Progress
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own normalisation
+STD = (0.26862954, 0.26130258, 0.27577711)
+CONTEXT_LENGTH = 77
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the micro-CLIP is trained; the defaults made the shipped weights."""
+
+    scenes: int = 100_000
+    steps: int = 3600
+    batch: int = 64
+    learning_rate: float = 1.5e-3
+    warmup: float = 0.15  # share of the steps
+    weight_decay: float = 0.05
+    longest_context: int = 8  # vectors in a run of context
+    patch_weight: float = 1.0
+    bfloat16: bool = True
+    seed: int = 0
+    checkpoint_every: int = 200
+
+
+def make_model(tokenizer: CLIPTokenizer, seed: int) -> CLIPModel:
+    """A micro-CLIP with random weights."""
+    torch.manual_seed(seed)
+    end = tokenizer.eos_token_id
+    tower = {"hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 3, "projection_dim": 192}
+    text = {"vocab_size": len(tokenizer), "max_position_embeddings": CONTEXT_LENGTH, "num_hidden_layers": 3}
+    tokens = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": end, "pad_token_id": end}
+    vision = {"image_size": SIZE, "patch_size": 16, "num_hidden_layers": 6}
+    return CLIPModel(
+        CLIPConfig(
+            text_config={**tower, **text, **tokens},
+            vision_config={**tower, **vision},
+            projection_dim=192,
+            logit_scale_init_value=math.log(10.0),
+            attn_implementation="eager",  # on a CPU its backward pass is three times as fast
+        )
+    )
+
+
+def image_tokens(model: CLIPModel, pixels: np.ndarray) -> torch.Tensor:
+    """Class token and patches ``[B, M, D]``, L2-normalised, of uint8 pictures ``[B, S, S, 3]``."""
+    values = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / 255
+    values = (values - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    vision = model.vision_model
+    states = vision.post_layernorm(vision(pixel_values=values).last_hidden_state)
+    return functional.normalize(model.visual_projection(states).float(), dim=-1)
+
+
+def text_features(
+    model: CLIPModel, tokenizer: CLIPTokenizer, texts: list[str], runs: Iterator[torch.Tensor] | None = None
+) -> torch.Tensor:
+    """Features ``[Q, D]`` of texts; where a text holds ``*`` the next of `runs` ``[k, W]`` takes its place."""
+    embedding = model.text_model.embeddings.token_embedding
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    rows = []
+    for text in texts:
+        parts: list[torch.Tensor] = [embedding.weight[begin][None]]
+        for number, words in enumerate(text.split(CONTEXT)):
+            if number and runs is not None:
+                parts.append(next(runs))
+            ids = tokenizer(words, add_special_tokens=False)["input_ids"] if words.strip() else []
+            if ids:
+                parts.append(embedding(torch.tensor(ids)))
+        rows.append(torch.cat([*parts, embedding.weight[end][None]]))
+    last = torch.tensor([len(row) - 1 for row in rows])
+    return text_features_of(model, torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), last)
+
+
+def text_features_of(model: CLIPModel, embedded: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """Features ``[Q, D]``, L2-normalised, of embedded prompts ``[Q, T, W]`` that end at position `last` ``[Q]``."""
+    text = model.text_model
+    hidden = text.embeddings(inputs_embeds=embedded)
+    length = hidden.shape[1]
+    mask = torch.full((1, 1, length, length), torch.finfo(hidden.dtype).min).triu(1)
+    states = text.encoder(inputs_embeds=hidden, attention_mask=mask).last_hidden_state
+    at_end = text.final_layer_norm(states[torch.arange(len(last)), last])
+    return functional.normalize(model.text_projection(at_end).float(), dim=-1)
+
+
+def pair_loss(similarity: torch.Tensor, truth: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Sigmoid loss of similarities ``[B, Q]`` against their truth, summed over captions, averaged over pictures."""
+    logits = scale.exp() * similarity + bias
+    return functional.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / len(similarity)
+
+
+def learning_rate(recipe: Recipe, step: int) -> float:
+    """One cycle: up linearly, down to nothing by a cosine."""
+    peak = max(1, round(recipe.warmup * recipe.steps))
+    if step < peak:
+        return recipe.learning_rate * (step + 1) / peak
+    return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - peak) / max(1, recipe.steps - peak)))
+
+
+class Trainer:
+    """Model, the loss's two biases and the optimiser, with the number of steps done."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.tokenizer = make_tokenizer()
+        self.model = make_model(self.tokenizer, recipe.seed)
+        self.biases = torch.nn.Parameter(torch.tensor([-4.0, -4.0]))  # class token, best patch
+        self.parameters = {**dict(self.model.named_parameters()), "biases": self.biases}
+        decayed = [p for p in self.parameters.values() if p.ndim >= 2]
+        kept = [p for p in self.parameters.values() if p.ndim < 2]
+        groups = [
+            {"params": decayed, "weight_decay": recipe.weight_decay},
+            {"params": kept, "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98), eps=1e-6)
+        self.step = 0
+
+    def train_step(self, data: TrainingSet) -> float:
+        """One step on the batch that (seed, step) decides; returns the loss."""
+        recipe = self.recipe
+        generator = np.random.default_rng((recipe.seed, self.step))
+        batch = np.sort(generator.choice(len(data.pixels), recipe.batch, replace=False))
+        captions = label_captions(generator) + attribute_captions(data, batch, generator)
+        truth = torch.from_numpy(truth_of(captions, data, batch)).float()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, self.step)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.bfloat16):
+            images = image_tokens(self.model, data.pixels[batch])
+            texts = text_features(self.model, self.tokenizer, [c.text for c in captions], self._runs(generator))
+        class_similarity = images[:, 0] @ texts.T
+        patch_similarity = (images[:, 1:] @ texts.T).amax(1)
+        scale = self.model.logit_scale
+        loss = pair_loss(class_similarity, truth, scale, self.biases[0])
+        loss = loss + recipe.patch_weight * pair_loss(patch_similarity, truth, scale, self.biases[1])
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        return float(loss.detach())
+
+    def _runs(self, generator: np.random.Generator) -> Iterator[torch.Tensor]:
+        """Endless runs of 0 to `longest_context` random vectors as large as the words' own embeddings."""
+        weight = self.model.text_model.embeddings.token_embedding.weight.detach()
+        size = float(weight.std())
+        while True:
+            count = int(generator.integers(self.recipe.longest_context + 1))
+            yield torch.from_numpy(generator.normal(0, size, (count, weight.shape[1])).astype(np.float32))
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint: weights, optimiser moments, step and recipe."""
+        tensors = {f"weight.{name}": p.detach() for name, p in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            for moment in ("exp_avg", "exp_avg_sq"):
+                state = self.optimizer.state.get(parameter)
+                if state:
+                    tensors[f"{moment}.{name}"] = state[moment]
+        metadata = {"step": str(self.step), "recipe": json.dumps(asdict(self.recipe))}
+        with atomic_path(path) as temporary:
+            save_file({k: v.contiguous().clone() for k, v in tensors.items()}, temporary, metadata)
+
+    def load(self, path: Path) -> None:
+        """Go on from a checkpoint of the same recipe.
+
+        :raises ValueError: the checkpoint is of another recipe
+        """
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+            if json.loads(metadata["recipe"]) != asdict(self.recipe):
+                raise ValueError(f"{path} is a checkpoint of another recipe: train into another folder")
+            self.step = int(metadata["step"])
+            for name, parameter in self.parameters.items():
+                parameter.data.copy_(file.get_tensor(f"weight.{name}"))
+                moments = {m: file.get_tensor(f"{m}.{name}") for m in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[parameter] = {"step": torch.tensor(float(self.step)), **moments}
+
+
+def train(recipe: Recipe, data: TrainingSet, folder: Path, progress: Progress | None = None) -> CLIPModel:
+    """Train, or go on where `folder`'s checkpoint stands; write the checkpoint, the curve and the model."""
+    trainer = Trainer(recipe)
+    checkpoint, curve = folder / "checkpoint.safetensors", folder / "curve.csv"
+    if checkpoint.exists():
+        trainer.load(checkpoint)
+    rows = curve.read_text("utf-8").splitlines() if curve.exists() and trainer.step else ["step,loss,seconds"]
+    rows = [rows[0]] + [row for row in rows[1:] if int(row.split(",")[0]) <= trainer.step]
+    begun, losses = time.monotonic(), []
+    while trainer.step < recipe.steps:
+        losses.append(trainer.train_step(data))
+        if trainer.step % 50 == 0:
+            rows.append(f"{trainer.step},{np.mean(losses):.4f},{time.monotonic() - begun:.0f}")
+            losses = []
+        if trainer.step % recipe.checkpoint_every == 0 or trainer.step == recipe.steps:
+            trainer.save(checkpoint)
+            write_atomically(curve, "\n".join(rows) + "\n")
+        if progress is not None:
+            progress(trainer.step, recipe.steps)
+    save_model(trainer.model, trainer.tokenizer, folder / "micro-clip")
+    return trainer.model
+
+
+def save_model(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """Write a folder that ``CLIPModel``, ``CLIPTokenizer`` and ``CLIPProcessor`` load; weights in float16."""
+    folder.mkdir(parents=True, exist_ok=True)
+    half = make_model(tokenizer, 0)
+    half.load_state_dict(model.state_dict())
+    half.half().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    CLIPImageProcessor(
+        size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}, image_mean=MEAN, image_std=STD
+    ).save_pretrained(folder)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Render the training set, train, write the model."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of scenes, checkpoint, curve and model")
+    parser.add_argument("--scenes", type=Path, help="folder of the training set, if not under --out")
+    parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--seed", type=int, default=Recipe.seed)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    recipe = Recipe(steps=arguments.steps, seed=arguments.seed)
+    data = render_training_set(arguments.scenes or arguments.out / "scenes", recipe.scenes, seed=0)
+    train(recipe, data, arguments.out)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

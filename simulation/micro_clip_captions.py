@@ -1,0 +1,155 @@
+"""Captions of scenes: what the micro-CLIP's text tower reads, and which pictures each is true of.
+
+A caption is one or two objects, at most one attribute (background, lighting, style, scale, pose or layout), written
+in one of many ways: plain sentences, and the form of FedMPT's prompts, ``<context> condition <context> label .``,
+where the context is vectors without words.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedmpt.simulation.micro_clip_data import ATTRIBUTES, TrainingSet
+from fedmpt.simulation.scenes import LAYOUTS, POSES, SCALES
+from fedmpt.simulation.scenes_render import BACKGROUNDS, LIGHTINGS
+from fedmpt.simulation.sprites import LABELS, STYLES
+
+CONDITIONS = ("spatial layout", "object pose", "background", "lighting and weather", "object scale")
+# Attribute kind -> the condition whose words go with it (style has none).
+CONDITION_OF = {
+    "layout": "spatial layout",
+    "pose": "object pose",
+    "background": "background",
+    "lighting": "lighting and weather",
+    "scale": "object scale",
+}
+VALUES: dict[str, tuple[str, ...]] = {
+    "background": tuple(BACKGROUNDS),
+    "lighting": tuple(LIGHTINGS),
+    "style": tuple(STYLES),
+    "scale": tuple(SCALES),
+    "pose": POSES,
+    "layout": LAYOUTS,
+}
+CONTEXT = "*"  # stands for a run of context vectors
+
+_LABEL = (
+    "a photo of a {x}.",
+    "a photo of a {x}.",
+    "a picture of a {x}.",
+    "a scene with a {x}.",
+    "there is a {x} among other things.",
+    "{x}.",
+    "* {x} .",
+    "* {x} .",
+)
+_WITH_ATTRIBUTE: dict[str, tuple[str, ...]] = {
+    "background": (
+        "a photo of a {x} with {v} in the background.",
+        "a {x} in front of {v}.",
+        "{v} and a {x}.",
+        "* {v} * {x} .",
+    ),
+    "lighting": ("a photo of a {x} in {v}.", "{v}, a {x}.", "a {x}, {v}.", "* {v} * {x} ."),
+    "style": ("a {v} picture of a {x}.", "a {v} {x}.", "* {v} * {x} .", "{v} style, a {x}."),
+    "scale": ("a photo of a {v} {x}.", "a {v} {x}.", "* {v} * {x} ."),
+    "pose": ("a photo of a {v} {x}.", "a {v} {x}.", "* {v} * {x} ."),
+    "layout": ("a photo of a {x} on the {v}.", "a {x} on the {v}.", "* {v} * {x} ."),
+}
+_ATTRIBUTE_ALONE: dict[str, tuple[str, ...]] = {
+    "background": ("a photo with {v} in the background.", "{v} in the background.", "* background * {v} ."),
+    "lighting": ("a photo in {v}.", "{v}.", "* lighting and weather * {v} ."),
+    "style": ("a {v} picture.", "{v} style.", "* {v} style ."),
+}
+_PAIR = ("a photo of a {x} and a {y}.", "a {x} with a {y}.", "{x} and {y}.", "* {x} , {y} .")
+
+
+@dataclass(frozen=True)
+class Caption:
+    """Words and meaning: true of a picture that shows every label, the first with the attribute."""
+
+    text: str
+    labels: tuple[int, ...] = ()
+    kind: str = ""
+    value: int = 0
+
+
+def label_captions(generator: np.random.Generator) -> list[Caption]:
+    """One caption for every label; half of them in the form of a condition prompt."""
+    captions = []
+    for index, name in enumerate(LABELS):
+        form = _pick(_LABEL, generator)
+        if generator.random() < 0.5:
+            form = f"* {_pick(CONDITIONS, generator)} * {{x}} ."
+        captions.append(Caption(form.format(x=name), (index,)))
+    return captions
+
+
+def attribute_captions(data: TrainingSet, batch: np.ndarray, generator: np.random.Generator) -> list[Caption]:
+    """One caption for every picture of the batch, true of it, with an attribute or a second object."""
+    captions = []
+    for picture in batch.tolist():
+        shown = np.flatnonzero(data.shown[picture])
+        kind = _pick((*VALUES, "pair"), generator)
+        if len(shown) == 0 or (kind in _ATTRIBUTE_ALONE and generator.random() < 0.3):
+            kind = kind if kind in _ATTRIBUTE_ALONE else "background"
+            value = int(getattr(data, kind)[picture])
+            form = _pick(_ATTRIBUTE_ALONE[kind], generator)
+            captions.append(Caption(form.format(v=VALUES[kind][value]), (), kind, value))
+            continue
+        first, second = (int(generator.choice(shown)) for _ in range(2))
+        if kind == "pair":
+            form = _pick(_PAIR, generator).format(x=LABELS[first], y=LABELS[second])
+            captions.append(Caption(form, (first, second)))
+            continue
+        if kind in ATTRIBUTE_OFFSET:
+            start = ATTRIBUTE_OFFSET[kind]
+            held = data.attributes[picture, first, start : start + len(VALUES[kind])]
+            value = int(generator.choice(np.flatnonzero(held)))
+        else:
+            value = int(getattr(data, kind)[picture])
+        form = _pick(_WITH_ATTRIBUTE[kind], generator)
+        if kind in CONDITION_OF and generator.random() < 0.3:
+            form = f"* {CONDITION_OF[kind]} * {{v}} {{x}} ."
+        text = form.format(x=LABELS[first], v=VALUES[kind][value])
+        captions.append(Caption(text, (first,), kind, value))
+    return captions
+
+
+def truth_of(captions: list[Caption], data: TrainingSet, batch: np.ndarray) -> np.ndarray:
+    """Bool ``[len(batch), len(captions)]``: is the caption true of the picture."""
+    shown, attributes = data.shown[batch], data.attributes[batch]
+    table = np.ones((len(batch), len(captions)), np.bool_)
+    for column, caption in enumerate(captions):
+        for label in caption.labels:
+            table[:, column] &= shown[:, label]
+        if caption.kind in ATTRIBUTE_OFFSET:
+            table[:, column] &= attributes[:, caption.labels[0], ATTRIBUTE_OFFSET[caption.kind] + caption.value]
+        elif caption.kind:
+            table[:, column] &= getattr(data, caption.kind)[batch] == caption.value
+    return table
+
+
+def all_sentences() -> list[str]:
+    """Every word that captions use, in sentences: what the tokenizer's vocabulary is learned from."""
+    sentences = [form.format(x=name) for form in _LABEL for name in LABELS]
+    for table in (_WITH_ATTRIBUTE, _ATTRIBUTE_ALONE):
+        for kind, forms in table.items():
+            sentences += [form.format(x=name, v=v) for form in forms for v in VALUES[kind] for name in LABELS]
+    sentences += [f"{condition} {name} ." for condition in CONDITIONS for name in LABELS]
+    return [sentence.replace(CONTEXT, " ") for sentence in sentences]
+
+
+ATTRIBUTE_OFFSET = {
+    "scale": ATTRIBUTES.index(next(iter(SCALES))),
+    "pose": ATTRIBUTES.index(POSES[0]),
+    "layout": ATTRIBUTES.index(LAYOUTS[0]),
+}
+
+
+def _pick(choices: tuple[str, ...], generator: np.random.Generator) -> str:
+    return choices[int(generator.integers(len(choices)))]
+
+

@@ -1,0 +1,229 @@
+"""Measure a micro-CLIP: ``python -m fedmpt.simulation.micro_clip_evaluation``.
+
+Writes zero-shot accuracy, pointing and retrieval, and what prompts and adapters trained centrally on unbiased labels
+gain on the federation set, as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional
+from transformers import CLIPModel, CLIPTokenizer
+
+from fedmpt.protocol.files import write_atomically
+from fedmpt.simulation.micro_clip import image_tokens, text_features, text_features_of
+from fedmpt.simulation.scenes import SceneSet, SceneSpecification, draw_scenes
+from fedmpt.simulation.scenes_render import BACKGROUNDS
+from fedmpt.simulation.scenes_sets import federation_plan
+from fedmpt.simulation.sprites import LABELS
+
+WEIGHTS = Path(__file__).parent / "data" / "micro-clip"
+PROMPT = "a photo of a {}."
+GRID = 7
+PATCH = 16
+
+
+def load_micro_clip(folder: Path = WEIGHTS) -> tuple[CLIPModel, CLIPTokenizer]:
+    """The model in float32, frozen, and its tokenizer."""
+    model = CLIPModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    return model.requires_grad_(False), CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+@torch.no_grad()
+def encode_scenes(model: CLIPModel, pixels: np.ndarray, batch: int = 100) -> torch.Tensor:
+    """Image tokens ``[n, M, D]`` of uint8 pictures ``[n, S, S, 3]``."""
+    return torch.cat([image_tokens(model, pixels[i : i + batch]) for i in range(0, len(pixels), batch)])
+
+
+def similarities(tokens: torch.Tensor, text: torch.Tensor) -> dict[str, torch.Tensor]:
+    """``[n, C]`` of the class token and of the best patch."""
+    return {"class_token": tokens[:, 0] @ text.T, "best_patch": (tokens[:, 1:] @ text.T).amax(1)}
+
+
+def mean_average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Mean over labels (those that some picture shows) of the average precision; ties keep the pictures' order."""
+    values = []
+    for score, truth in zip(scores.T, labels.T, strict=True):
+        if truth.any():
+            ranked = truth[np.argsort(-score, kind="stable")]
+            precision = np.cumsum(ranked) / np.arange(1, len(ranked) + 1)
+            values.append(precision[ranked == 1].mean())
+    return float(np.mean(values))
+
+
+def zero_shot(model: CLIPModel, tokenizer: CLIPTokenizer, scenes: SceneSet, tokens: torch.Tensor) -> dict[str, float]:
+    """mAP of ``a photo of a {label}.`` with each of the two similarities."""
+    with torch.no_grad():
+        text = text_features(model, tokenizer, [PROMPT.format(name) for name in scenes.specification.labels])
+    found = similarities(tokens, text)
+    return {name: mean_average_precision(scores.numpy(), scenes.truth) for name, scores in found.items()}
+
+
+def pointing(model: CLIPModel, tokenizer: CLIPTokenizer, scenes: SceneSet, tokens: torch.Tensor) -> dict[str, float]:
+    """Of all shown labels: is the best patch's centre in a box of theirs, does the patch touch one."""
+    with torch.no_grad():
+        text = text_features(model, tokenizer, [PROMPT.format(name) for name in scenes.specification.labels])
+    best = (tokens[:, 1:] @ text.T).argmax(1).numpy()
+    rows = scenes.objects[scenes.objects["label"] >= 0]
+    patch = best[rows["scene"], rows["label"]]
+    left, top = patch % GRID * PATCH, patch // GRID * PATCH
+    x, y, box = left + PATCH / 2, top + PATCH / 2, rows["box"].T
+    centre = (box[0] <= x) & (x < box[2]) & (box[1] <= y) & (y < box[3])
+    touch = (box[0] < left + PATCH) & (left < box[2]) & (box[1] < top + PATCH) & (top < box[3])
+    key = rows["scene"].astype(np.int64) * 1000 + rows["label"]
+    shown = np.unique(key)  # a label shown twice is pointed at once
+    return {
+        "centre_in_box": float(np.isin(shown, key[centre]).mean()),
+        "patch_touches_box": float(np.isin(shown, key[touch]).mean()),
+        "chance_centre_in_box": float(_box_share(rows)),
+    }
+
+
+def _box_share(rows: np.ndarray) -> float:
+    box = rows["box"].astype(float)
+    return float(((box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1]) / (GRID * PATCH) ** 2).mean())
+
+
+@torch.no_grad()
+def background_retrieval(model: CLIPModel, tokenizer: CLIPTokenizer, scenes: SceneSet, tokens: torch.Tensor) -> float:
+    """Share of pictures (with an object) whose own background ranks first among all in a caption that names both."""
+    labels = scenes.specification.labels
+    forms = "a photo of a {} with {} in the background."
+    text = text_features(model, tokenizer, [forms.format(x, b) for x in labels for b in BACKGROUNDS])
+    text = text.view(len(labels), len(BACKGROUNDS), -1)
+    pictures = np.flatnonzero(scenes.truth.any(1))
+    first = scenes.truth[pictures].argmax(1)
+    scores = torch.einsum("nd,nkd->nk", tokens[pictures, 0], text[first])
+    return float((scores.argmax(1).numpy() == scenes.background[pictures]).mean())
+
+
+def tune(
+    model: CLIPModel,
+    tokenizer: CLIPTokenizer,
+    method: str,
+    train: tuple[torch.Tensor, np.ndarray],
+    test: tuple[torch.Tensor, np.ndarray],
+    names: tuple[str, ...],
+    seed: int,
+    epochs: int = 20,
+) -> dict[str, float]:
+    """Train ``coop`` (four context vectors) or ``adapter`` (rank 32 on the tokens); mAP on the test set by pooling."""
+    results = {}
+    for pooling in ("class_token", "best_patch"):
+        torch.manual_seed(seed)
+        width = model.config.text_config.hidden_size
+        context = torch.nn.Parameter(torch.randn(4, width) * 0.02)
+        down = torch.nn.Parameter(torch.randn(32, width) * width**-0.5)
+        up = torch.nn.Parameter(torch.zeros(width, 32))
+        scale, bias = torch.nn.Parameter(torch.tensor(15.0)), torch.nn.Parameter(torch.tensor(-6.0))
+        with torch.no_grad():
+            fixed = text_features(model, tokenizer, [PROMPT.format(name) for name in names])
+
+        def scores(
+            tokens: torch.Tensor,
+            pooling: str = pooling,
+            context: torch.Tensor = context,
+            down: torch.Tensor = down,
+            up: torch.Tensor = up,
+            fixed: torch.Tensor = fixed,
+        ) -> torch.Tensor:
+            if method == "coop":
+                return similarities(tokens, prompt_features(model, tokenizer, context, names))[pooling]
+            moved = functional.normalize(tokens + functional.linear(functional.linear(tokens, down), up), dim=-1)
+            return similarities(moved, fixed)[pooling]
+
+        trained = [context] if method == "coop" else [down, up]
+        optimizer = torch.optim.AdamW(
+            [{"params": trained, "lr": 2e-3}, {"params": [scale, bias], "lr": 2e-2}], weight_decay=0.0
+        )
+        tokens, labels = train[0], torch.from_numpy(train[1]).float()
+        with torch.no_grad():
+            start = scores(tokens)
+        _calibrate(start, labels, scale, bias)
+        for epoch in range(epochs):
+            for group, rate in zip(optimizer.param_groups, (2e-3, 2e-2), strict=True):
+                group["lr"] = rate * 0.5 * (1 + np.cos(np.pi * epoch / epochs))
+            for part in torch.randperm(len(tokens)).split(32):
+                logits = scale * scores(tokens[part]) + bias
+                loss = functional.binary_cross_entropy_with_logits(logits, labels[part])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        with torch.no_grad():
+            results[pooling] = mean_average_precision(scores(test[0]).numpy(), test[1])
+    return results
+
+
+def _calibrate(scores: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> None:
+    """Fit scale and bias on fixed scores first, so that prompts need not carry the calibration."""
+    optimizer = torch.optim.LBFGS([scale, bias], max_iter=50)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = functional.binary_cross_entropy_with_logits(scale * scores + bias, labels)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+
+
+def prompt_features(
+    model: CLIPModel, tokenizer: CLIPTokenizer, context: torch.Tensor, names: tuple[str, ...]
+) -> torch.Tensor:
+    """Features ``[C, D]`` of ``[SOS] context name . [EOT]``."""
+    embedding = model.text_model.embeddings.token_embedding
+    begin, end = embedding.weight[tokenizer.bos_token_id], embedding.weight[tokenizer.eos_token_id]
+    rows = []
+    for name in names:
+        words = torch.tensor(tokenizer(f"{name} .", add_special_tokens=False)["input_ids"])
+        rows.append(torch.cat([begin[None], context, embedding(words), end[None]]))
+    last = torch.tensor([len(row) - 1 for row in rows])
+    return text_features_of(model, torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), last)
+
+
+def evaluate(model: CLIPModel, tokenizer: CLIPTokenizer, *, seeds: int = 3, scenes: int = 1000) -> dict[str, object]:
+    """All figures; the federation's are over `seeds` federations, training runs and fresh pictures."""
+    spec = SceneSpecification(marginals=(0.05,) * len(LABELS))
+    in_style = draw_scenes(spec, scenes, seed=900_001)
+    tokens = encode_scenes(model, in_style.pixels)
+    report: dict[str, object] = {
+        "in_style_zero_shot_map": zero_shot(model, tokenizer, in_style, tokens),
+        "pointing": pointing(model, tokenizer, in_style, tokens),
+        "background_first": background_retrieval(model, tokenizer, in_style, tokens),
+        "logit_scale": float(model.logit_scale.exp()),
+    }
+    runs = []
+    for seed in range(seeds):
+        decorrelated = federation_plan(seed).decorrelated
+        train, test = (draw_scenes(decorrelated, scenes, seed=900_100 + 10 * seed + part) for part in (1, 2))
+        train_tokens, test_tokens = encode_scenes(model, train.pixels), encode_scenes(model, test.pixels)
+        run: dict[str, object] = {"zero_shot": zero_shot(model, tokenizer, test, test_tokens)}
+        for method in ("coop", "adapter"):
+            pairs = ((train_tokens, train.truth), (test_tokens, test.truth))
+            run[method] = tune(model, tokenizer, method, *pairs, decorrelated.labels, seed)
+        runs.append(run)
+    report["federation_map"] = runs
+    return report
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Evaluate and write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=WEIGHTS)
+    parser.add_argument("--out", type=Path, default=Path("docs/results/micro-clip.json"))
+    parser.add_argument("--seeds", type=int, default=3)
+    arguments = parser.parse_args(argv)
+    report = evaluate(*load_micro_clip(arguments.model), seeds=arguments.seeds)
+    text = json.dumps(report, indent=1) + "\n"
+    write_atomically(arguments.out, text)
+    print(text, end="")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
