@@ -1,0 +1,267 @@
+"""Load a CLIP checkpoint; make image tokens of pixels.
+
+Any Hugging Face ``CLIPModel`` folder or hub name serves. The towers become plain weights and the functions of
+``towers.py``; nothing of ``transformers`` but its loaders and its tokenizer is used.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fedmpt.export import towers
+from fedmpt.export.towers import ACTIVATIONS, TowerSpec, Weights
+from fedmpt.protocol.errors import FedmptError
+
+TOKEN_KINDS = ("plain", "maskclip", "clearclip")
+TOKEN_MODES = ("full", "pooled")
+# The published CLIP's statistics, for a checkpoint without a preprocessor file.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class CheckpointError(FedmptError):
+    """A CLIP checkpoint cannot be found, read or used."""
+
+
+@dataclass(frozen=True)
+class ClipCheckpoint:
+    """A frozen CLIP: float32 weights of both towers, tokenizer and preprocessing.
+
+    ``logit_scale`` is exponentiated. ``tokenize`` turns words into token ids without start and end;
+    ``start`` and ``end`` are the ids of ``[SOS]`` and ``[EOT]``.
+    """
+
+    name: str
+    licence: str
+    image_size: int
+    patch_size: int
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+    logit_scale: float
+    vision: Weights
+    vision_spec: TowerSpec
+    text: Weights
+    text_spec: TowerSpec
+    token_embedding: Tensor
+    tokenize: Callable[[str], list[int]]
+    start: int
+    end: int
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        side = self.image_size // self.patch_size
+        return side, side
+
+
+def load_clip(source: str, licence: str | None = None) -> ClipCheckpoint:
+    """Load a checkpoint from a local folder or, by name, from the Hugging Face hub (or its local cache).
+
+    Args:
+        licence: of the weights; taken from the checkpoint's model card if not given.
+
+    Raises:
+        CheckpointError: no such folder or name, hub unreachable, not a CLIP model, weights missing, or an
+            architecture or tokenizer that this loader does not know.
+    """
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    folder = Path(source)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise CheckpointError(f"{source}: no config.json in it; give a Hugging Face CLIPModel folder")
+    if not folder.is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise CheckpointError(
+            f"{source}: no such folder; give a CLIPModel folder or a hub name like owner/model"
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(source)
+        if config.model_type != "clip":
+            raise CheckpointError(
+                f"{source}: holds a {config.model_type} model; only CLIPModel checkpoints serve"
+            )
+        model, report = transformers.CLIPModel.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        preprocessing = _preprocessing(source)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        hint = (
+            "complete the folder" if folder.is_dir() else "check the name and the network, or give a folder"
+        )
+        raise CheckpointError(f"{source}: cannot be loaded ({reason}); {hint}") from error
+    if report["missing_keys"]:
+        raise CheckpointError(
+            f"{source}: weights are missing ({min(report['missing_keys'])}, …); complete it"
+        )
+    return _checkpoint(source, licence or _licence(source), model, tokenizer, preprocessing)
+
+
+def _preprocessing(source: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    try:
+        values: dict[str, Any] = ImageProcessingMixin.get_image_processor_dict(source)[0]
+    except OSError:
+        values = {}
+    return tuple(values.get("image_mean", CLIP_MEAN)), tuple(values.get("image_std", CLIP_STD))
+
+
+def _licence(source: str) -> str:
+    """The ``license:`` line of the model card's front matter; "unknown" without one."""
+    from transformers.utils import cached_file
+
+    card = cached_file(source, "README.md", _raise_exceptions_for_missing_entries=False)
+    if card is None:
+        return "unknown"
+    front_matter = Path(card).read_text(encoding="utf-8", errors="replace").split("---")
+    found = re.search(r"^license:\s*(\S+)", front_matter[1], re.MULTILINE) if len(front_matter) > 2 else None
+    return found.group(1) if found else "unknown"
+
+
+def _checkpoint(
+    source: str, licence: str, model: Any, tokenizer: Any, preprocessing: tuple[tuple[float, ...], ...]
+) -> ClipCheckpoint:
+    config = model.config
+    weights = {name: value.detach() for name, value in model.state_dict().items()}
+    for part in (config.vision_config, config.text_config):
+        if part.hidden_act not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            raise CheckpointError(f"{source}: unknown activation {part.hidden_act!r}; known are {known}")
+    if config.vision_config.image_size % config.vision_config.patch_size:
+        raise CheckpointError(
+            f"{source}: the image size is no multiple of the patch size; no known CLIP is so"
+        )
+    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+        raise CheckpointError(
+            f"{source}: the tokenizer has no start or end token; it is not a CLIP tokenizer"
+        )
+    vision = towers.take_layers(weights, "vision_model", config.vision_config.num_hidden_layers) | {
+        "class": weights["vision_model.embeddings.class_embedding"],
+        "patch.weight": weights["vision_model.embeddings.patch_embedding.weight"],
+        "position": weights["vision_model.embeddings.position_embedding.weight"],
+        "first_norm.weight": weights["vision_model.pre_layrnorm.weight"],
+        "first_norm.bias": weights["vision_model.pre_layrnorm.bias"],
+        "last_norm.weight": weights["vision_model.post_layernorm.weight"],
+        "last_norm.bias": weights["vision_model.post_layernorm.bias"],
+        "projection.weight": weights["visual_projection.weight"],
+    }
+    text = towers.take_layers(weights, "text_model", config.text_config.num_hidden_layers) | {
+        "position": weights["text_model.embeddings.position_embedding.weight"],
+        "last_norm.weight": weights["text_model.final_layer_norm.weight"],
+        "last_norm.bias": weights["text_model.final_layer_norm.bias"],
+        "projection.weight": weights["text_projection.weight"],
+    }
+    return ClipCheckpoint(
+        name=Path(source).name if Path(source).is_dir() else source,
+        licence=licence,
+        image_size=config.vision_config.image_size,
+        patch_size=config.vision_config.patch_size,
+        image_mean=preprocessing[0],
+        image_std=preprocessing[1],
+        logit_scale=float(weights["logit_scale"].exp()),
+        vision=vision,
+        vision_spec=_spec(config.vision_config),
+        text=text,
+        text_spec=_spec(config.text_config),
+        token_embedding=weights["text_model.embeddings.token_embedding.weight"],
+        tokenize=lambda words: list(tokenizer(words, add_special_tokens=False).input_ids),
+        start=tokenizer.bos_token_id,
+        end=tokenizer.eos_token_id,
+    )
+
+
+def _spec(config: Any) -> TowerSpec:
+    return TowerSpec(
+        config.num_hidden_layers, config.num_attention_heads, config.hidden_act, config.layer_norm_eps
+    )
+
+
+def image_tokens(
+    weights: Weights,
+    pixels: Tensor,
+    *,
+    spec: TowerSpec,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    kind: str,
+    mode: str,
+) -> Tensor:
+    """The class token (CLIP's own image feature) and the patch tokens in the joint space.
+
+    Args:
+        pixels: ``uint8 [B, S, S, 3]`` RGB.
+        kind: how the last block treats the patches. ``plain`` as trained; ``maskclip`` its attention replaced
+            by its value path (Zhou et al. 2022); ``clearclip`` query-query attention, no residual, no
+            feed-forward (Lan et al. 2024).
+        mode: ``full``, or ``pooled``: 2×2 neighbours merged, odd grids padded with nothing.
+
+    Returns:
+        ``[B, M, D]``, L2-normalised.
+    """
+    scaled = (pixels.float() / 255 - torch.tensor(mean)) / torch.tensor(std)
+    patches = functional.conv2d(
+        scaled.permute(0, 3, 1, 2), weights["patch.weight"], stride=weights["patch.weight"].shape[-1]
+    )
+    x = patches.flatten(2).transpose(1, 2)
+    x = torch.cat([weights["class"].expand(x.shape[0], 1, -1), x], dim=1) + weights["position"]
+    x = towers.norm(weights, "first_norm", x, spec)
+    for index in range(spec.layers - 1):
+        x = _block(weights, f"layers.{index}", x, spec)
+    last = f"layers.{spec.layers - 1}"
+    if kind == "plain":
+        x = _block(weights, last, x, spec)
+    else:
+        x = torch.cat(
+            [_class_block(weights, last, x, spec), _patch_block(weights, last, x, spec, kind)], dim=1
+        )
+    tokens = towers.linear(weights, "projection", towers.norm(weights, "last_norm", x, spec))
+    if mode == "pooled":
+        tokens = torch.cat([tokens[:, :1], _pool(tokens[:, 1:], patches.shape[-1])], dim=1)
+    return towers.normalise(tokens)
+
+
+def _block(weights: Weights, layer: str, x: Tensor, spec: TowerSpec) -> Tensor:
+    qkv = towers.linear(weights, f"{layer}.qkv", towers.norm(weights, f"{layer}.norm1", x, spec))
+    mixed = towers.merge_heads(towers.attention(*towers.split_heads(qkv, spec)))
+    return towers.feed_forward(weights, layer, x + towers.linear(weights, f"{layer}.out", mixed), spec)
+
+
+def _class_block(weights: Weights, layer: str, x: Tensor, spec: TowerSpec) -> Tensor:
+    """The block as trained, for the class token alone."""
+    qkv = towers.linear(weights, f"{layer}.qkv", towers.norm(weights, f"{layer}.norm1", x, spec))
+    query, key, value = towers.split_heads(qkv, spec)
+    mixed = towers.merge_heads(towers.attention(query[:, :, :1], key, value))
+    return towers.feed_forward(weights, layer, x[:, :1] + towers.linear(weights, f"{layer}.out", mixed), spec)
+
+
+def _patch_block(weights: Weights, layer: str, x: Tensor, spec: TowerSpec, kind: str) -> Tensor:
+    """The block changed as ``kind`` says, for the patch tokens."""
+    qkv = towers.linear(weights, f"{layer}.qkv", towers.norm(weights, f"{layer}.norm1", x, spec))
+    if kind == "maskclip":
+        value = qkv.chunk(3, dim=-1)[2]
+        return towers.feed_forward(weights, layer, x + towers.linear(weights, f"{layer}.out", value), spec)[
+            :, 1:
+        ]
+    query, _, value = towers.split_heads(qkv, spec)
+    unscaled = query * query.shape[-1] ** 0.5
+    mixed = towers.merge_heads(towers.attention(query, unscaled, value))
+    return towers.linear(weights, f"{layer}.out", mixed)[:, 1:]
+
+
+def _pool(patches: Tensor, side: int) -> Tensor:
+    """Sums of normalised 2×2 neighbours ``[B, g², D]`` → ``[B, ⌈g/2⌉², D]``; only directions matter later."""
+    grid = towers.normalise(patches).unflatten(1, (side, side))
+    odd = side % 2
+    grid = functional.pad(grid, (0, 0, 0, odd, 0, odd))
+    half = (side + odd) // 2
+    return grid.unflatten(1, (half, 2)).unflatten(3, (half, 2)).sum(dim=(2, 4)).flatten(1, 2)

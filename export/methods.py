@@ -1,0 +1,289 @@
+"""The methods that a bundle can hold: FedMPT and its baselines, on the same towers and in the same federation.
+
+A method is plain data and functions: which words stand before the labels, which tensors are trained, what text
+features they give, and how tokens and text become scores. Everything that is frozen comes in as ``weights``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedmpt.export import prompts, towers
+from fedmpt.export.towers import TowerSpec, Weights
+from fedmpt.kernels import reference as kernels
+from fedmpt.protocol.manifest import Pooling, Training
+
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The static half of a method's text side; the tensors are in the frozen ``weights``.
+
+    ``phrases`` and ``labels`` hold the token counts of the conditions' and labels' words (a label's with its
+    full stop and ``[EOT]``); ``width`` is D, ``text_width`` W; ``adapter_rank`` is
+    also the gate's hidden width; ``logit_scale`` is CLIP's, exponentiated.
+    """
+
+    method: str
+    spec: TowerSpec
+    phrases: tuple[int, ...]
+    labels: tuple[int, ...]
+    width: int
+    text_width: int
+    condition_context: int
+    class_context: int
+    adapter_rank: int
+    logit_scale: float
+    pooling: Pooling
+
+
+@dataclass(frozen=True)
+class Scores:
+    """``psi [B, N, C]``, ``gate [B, N]`` and ``plan [B, N, M−1, C]`` (columns sum to 1/C)."""
+
+    psi: Tensor
+    gate: Tensor
+    plan: Tensor
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to tune prompts.
+
+    ``conditioned`` says whether the conditions matter; ``phrases`` gives, from them, the frozen words of each
+    prefix, and ``context`` the number of learned tokens in one.
+    ``shapes`` names the trained tensors besides ``scale`` and ``bias``; ``text_state`` names those that the text
+    features depend on. ``prefixes`` gives the token embeddings of each prompt's prefix after ``[SOS]``.
+    """
+
+    name: str
+    conditioned: bool
+    context: Callable[[Setup], int]
+    phrases: Callable[[Sequence[str]], tuple[str, ...]]
+    shapes: Callable[[Setup], dict[str, tuple[int, ...]]]
+    text_state: tuple[str, ...]
+    prefixes: Callable[[State, Sequence[Tensor]], list[list[Tensor]]]
+    text: Callable[[Tensor, State], Tensor]
+    score: Callable[[Setup, Tensor, Tensor, State], Scores]
+
+
+def state_shapes(setup: Setup) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every trained tensor, in name order."""
+    shapes = METHODS[setup.method].shapes(setup) | {"scale": (), "bias": ()}
+    return dict(sorted(shapes.items()))
+
+
+def initial_state(setup: Setup, seed: int) -> dict[str, Tensor]:
+    """The state before any round: seeded, and an untouched CLIP where a zero can say so.
+
+    Contexts start as small noise; ``adapter_up`` and ``gate_up`` start at zero, so that tokens are unchanged
+    and all conditions weigh the same.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    spread = {"adapter_up": 0.0, "gate_up": 0.0} | dict.fromkeys(
+        ("adapter_down", "gate_down", "negative_embedding"), setup.width**-0.5
+    )
+    state = {}
+    for name, shape in state_shapes(setup).items():
+        state[name] = torch.randn(shape, generator=generator) * spread.get(name, CONTEXT_SPREAD)
+    # Calibration fits both before the first round; until then a typical cosine of CLIP gives a fair chance.
+    state["scale"] = torch.tensor(setup.logit_scale)
+    state["bias"] = torch.tensor(0.0)
+    return state
+
+
+CONTEXT_SPREAD = 0.02
+
+
+def text_features(setup: Setup, weights: Weights, state: State) -> Tensor:
+    """Text features ``[N, C, D]`` of the state, L2-normalised."""
+    method = METHODS[setup.method]
+    words = list(weights["words.phrases"].split(setup.phrases))
+    prefixes = [torch.cat([weights["words.start"], *parts]) for parts in method.prefixes(state, words)]
+    encoded = prompts.encode_prompts(weights, setup.spec, prefixes, weights["words.labels"], setup.labels)
+    return method.text(encoded, state)
+
+
+def score(setup: Setup, tokens: Tensor, text: Tensor, state: State) -> Scores:
+    """Scores of cached tokens ``[B, M, D]`` against text features ``[N, C, D]``."""
+    return METHODS[setup.method].score(setup, tokens, text, state)
+
+
+def local_loss(
+    setup: Setup, training: Training, weights: Weights, state: State, tokens: Tensor, labels: Tensor
+) -> Tensor:
+    """The loss of one batch: tokens ``[B, M, D]``, labels int8 ``[B, C]`` (1, 0, −1 unknown)."""
+    scores = score(setup, tokens, text_features(setup, weights, state), state)
+    return kernels.gated_asymmetric_loss(
+        scores.psi,
+        scores.gate,
+        state["scale"],
+        state["bias"],
+        labels,
+        gamma_pos=training.gamma_pos,
+        gamma_neg=training.gamma_neg,
+        clip=training.clip,
+    )
+
+
+def _pool(setup: Setup, patches: Tensor, text: Tensor, name: str, state: State) -> tuple[Tensor, Tensor]:
+    adapters = (state["adapter_down"], state["adapter_up"]) if "adapter_up" in state else None
+    psi, plan = kernels.region_transport(
+        patches,
+        text,
+        logit_scale=setup.logit_scale,
+        tau=setup.pooling.tau,
+        reg=setup.pooling.reg,
+        iterations=setup.pooling.iterations,
+        pooling=name,
+        adapters=adapters,
+        return_plan=True,
+    )
+    return psi, plan
+
+
+def _regions(setup: Setup, tokens: Tensor, text: Tensor, state: State) -> Scores:
+    """FedMPT: patches transported to the labels of every condition, conditions weighed by the gate."""
+    psi, plan = _pool(setup, tokens[:, 1:], text, setup.pooling.name, state)
+    if "gate_up" in state:
+        gate = torch.softmax(tokens[:, 0] @ state["gate_down"].T @ state["gate_up"].T, dim=-1)
+    else:
+        gate = _even(tokens, len(text))
+    return Scores(psi, gate, plan)
+
+
+def _global(setup: Setup, tokens: Tensor, text: Tensor, state: State) -> Scores:
+    """The class token's similarity, as CLIP and CoOp use it; the plan merely shows where the patches agree."""
+    _, plan = _pool(setup, tokens[:, 1:], text, "softmax", state)
+    psi = (tokens[:, 0] @ text.flatten(0, 1).T).unflatten(1, text.shape[:2])
+    return Scores(psi, _even(tokens, 1), plan)
+
+
+def _contrast(setup: Setup, tokens: Tensor, text: Tensor, state: State) -> Scores:
+    """Positive minus negative similarity, each pooled over the regions that respond to it (DualCoOp)."""
+    patches = tokens[:, 1:]
+    cosine = (patches @ text.flatten(0, 1).T).unflatten(2, text.shape[:2])
+    weight = torch.softmax(cosine * (setup.logit_scale / setup.pooling.tau), dim=1)
+    pooled = (weight * cosine).sum(1)
+    plan = weight[:, None, :, 0].detach() / text.shape[1]
+    return Scores(pooled[:, :1] - pooled[:, 1:], _even(tokens, 1), plan)
+
+
+def _even(tokens: Tensor, count: int) -> Tensor:
+    return tokens.new_full((1, count), 1 / count).expand(tokens.shape[0], count)
+
+
+def _conditioned_shapes(setup: Setup) -> dict[str, tuple[int, ...]]:
+    return {
+        "condition_context": (len(setup.phrases), setup.condition_context, setup.text_width),
+        "class_context": (setup.class_context, setup.text_width),
+    }
+
+
+def _full_shapes(setup: Setup) -> dict[str, tuple[int, ...]]:
+    count, rank = len(setup.phrases), setup.adapter_rank
+    return _conditioned_shapes(setup) | {
+        "adapter_down": (count, rank, setup.width),
+        "adapter_up": (count, setup.width, rank),
+        "gate_down": (rank, setup.width),
+        "gate_up": (count, rank),
+    }
+
+
+def _conditioned_prefixes(state: State, words: Sequence[Tensor]) -> list[list[Tensor]]:
+    return [
+        [context, phrase, state["class_context"]]
+        for context, phrase in zip(state["condition_context"], words, strict=True)
+    ]
+
+
+def _unchanged(text: Tensor, state: State) -> Tensor:
+    return text
+
+
+def _no_words(count: int) -> Callable[[Sequence[str]], tuple[str, ...]]:
+    return lambda conditions: ("",) * count
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method(
+            "fedmpt-prompts",
+            conditioned=True,
+            context=lambda setup: setup.condition_context + setup.class_context,
+            phrases=tuple,
+            shapes=_conditioned_shapes,
+            text_state=("class_context", "condition_context"),
+            prefixes=_conditioned_prefixes,
+            text=_unchanged,
+            score=_regions,
+        ),
+        Method(
+            "fedmpt-full",
+            conditioned=True,
+            context=lambda setup: setup.condition_context + setup.class_context,
+            phrases=tuple,
+            shapes=_full_shapes,
+            text_state=("class_context", "condition_context"),
+            prefixes=_conditioned_prefixes,
+            text=_unchanged,
+            score=_regions,
+        ),
+        Method(
+            "coop",
+            conditioned=False,
+            context=lambda setup: setup.class_context,
+            phrases=_no_words(1),
+            shapes=lambda setup: {"class_context": (setup.class_context, setup.text_width)},
+            text_state=("class_context",),
+            prefixes=lambda state, words: [[state["class_context"]]],
+            text=_unchanged,
+            score=_global,
+        ),
+        Method(
+            "dualcoop",
+            conditioned=False,
+            context=lambda setup: setup.class_context,
+            phrases=_no_words(2),
+            shapes=lambda setup: {
+                "positive_context": (setup.class_context, setup.text_width),
+                "negative_context": (setup.class_context, setup.text_width),
+            },
+            text_state=("negative_context", "positive_context"),
+            prefixes=lambda state, words: [[state["positive_context"]], [state["negative_context"]]],
+            text=_unchanged,
+            score=_contrast,
+        ),
+        Method(
+            "positivecoop",
+            conditioned=False,
+            context=lambda setup: setup.class_context,
+            phrases=_no_words(1),
+            shapes=lambda setup: {
+                "positive_context": (setup.class_context, setup.text_width),
+                "negative_embedding": (len(setup.labels), setup.width),
+            },
+            text_state=("negative_embedding", "positive_context"),
+            prefixes=lambda state, words: [[state["positive_context"]]],
+            text=lambda text, state: torch.cat([text, towers.normalise(state["negative_embedding"])[None]]),
+            score=_contrast,
+        ),
+        Method(
+            "zero-shot",
+            conditioned=False,
+            context=lambda setup: 0,
+            phrases=lambda conditions: ("a photo of a",),
+            shapes=lambda setup: {},
+            text_state=(),
+            prefixes=lambda state, words: [[words[0]]],
+            text=_unchanged,
+            score=_global,
+        ),
+    )
+}

@@ -1,0 +1,196 @@
+"""Prefix-shared encoding of N × C prompts by a causal text tower: exact, and nothing is computed twice.
+
+Prompt (n, c) is prefix n followed by suffix c. Causality makes a prefix's hidden states the same for every
+suffix, so each prefix runs once and the suffixes attend to its keys and values. All rows that are needed, and
+no others, lie packed in one matrix ``[R, W]`` (the N prefixes, then for each prefix the C suffixes), so that
+the linear layers, nearly all of the work, see no padding; only attention spreads them into padded blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedmpt.export import towers
+from fedmpt.export.towers import TowerSpec, Weights
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Lengths in tokens of the N prefixes (with ``[SOS]``) and of the C suffixes (with ``[EOT]``)."""
+
+    prefixes: tuple[int, ...]
+    suffixes: tuple[int, ...]
+
+
+def encode_prompts(
+    weights: Weights, spec: TowerSpec, prefixes: Sequence[Tensor], suffixes: Tensor, lengths: tuple[int, ...]
+) -> Tensor:
+    """Text features of every prefix with every suffix.
+
+    Args:
+        prefixes: N matrices ``[P_n, W]`` of token embeddings, each from ``[SOS]`` on.
+        suffixes: ``[ΣL_c, W]``, the C suffixes' token embeddings one after the other, each up to ``[EOT]``.
+        lengths: the C lengths L_c.
+
+    Returns:
+        ``[N, C, D]``, L2-normalised: the tower's output at ``[EOT]``, projected.
+    """
+    layout = Layout(tuple(len(prefix) for prefix in prefixes), lengths)
+    index = _index(layout, suffixes.device)
+    repeated = suffixes.expand(len(prefixes), *suffixes.shape).flatten(0, 1)
+    x = torch.cat([*prefixes, repeated]) + weights["position"][index.position]
+    for number in range(spec.layers - 1):
+        layer = f"layers.{number}"
+        qkv = towers.linear(weights, f"{layer}.qkv", towers.norm(weights, f"{layer}.norm1", x, spec))
+        x = x + towers.linear(weights, f"{layer}.out", _attend(qkv, index, layout, spec))
+        x = towers.feed_forward(weights, layer, x, spec)
+    # Of the last block only the rows of [EOT] are wanted; the others serve as keys and values.
+    layer = f"layers.{spec.layers - 1}"
+    qkv = towers.linear(weights, f"{layer}.qkv", towers.norm(weights, f"{layer}.norm1", x, spec))
+    x = _Take.apply(x, index.end, index.end_back)
+    x = x + towers.linear(weights, f"{layer}.out", _attend_end(qkv, index, layout, spec))
+    x = towers.norm(weights, "last_norm", towers.feed_forward(weights, layer, x, spec), spec)
+    features = towers.linear(weights, "projection", x)
+    return towers.normalise(features).unflatten(0, (len(prefixes), len(lengths)))
+
+
+class _Take(torch.autograd.Function):
+    """``rows[index]`` where each row is wanted at most once: the adjoint is a gather too, not a slow scatter.
+
+    ``back[r]`` is the place of row r in the result, or ``len(index)`` for a row that is not taken. Places of
+    padding may hold any row: no gradient arrives there, for attention masks them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor, back: Tensor) -> Tensor:
+        ctx.back = back
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        zero = gradient.new_zeros(1, gradient.shape[1])
+        return torch.cat([gradient, zero]).index_select(0, ctx.back), None, None
+
+
+@dataclass(frozen=True)
+class _Index:
+    """Constant indices and additive masks of a layout. R packed rows; padded places: prefixes, then suffixes."""
+
+    position: Tensor  # [R] position of each row in its prompt
+    spread: Tensor  # [N·P + N·C·L] packed row of each padded place (padding: row 0)
+    spread_back: Tensor  # [R] padded place of each packed row
+    gather_back: Tensor  # [N·P + N·C·L] as spread, but R for padding
+    end: Tensor  # [N·C] packed row of each [EOT]
+    end_back: Tensor  # [R] its inverse, N·C elsewhere
+    causal: Tensor  # [P, P]
+    prefix_mask: Tensor  # [N, 1, 1, 1, P]
+    suffix_mask: Tensor  # [L, L]
+    end_mask: Tensor  # [C, 1, L]
+
+
+def _attend(qkv: Tensor, index: _Index, layout: Layout, spec: TowerSpec) -> Tensor:
+    """Causal attention of all rows: ``[R, 3W]`` to ``[R, W]``."""
+    (query, key, value), (own_query, own_key, own_value) = _spread(qkv, index, layout, spec)
+    prefix = torch.softmax(query @ key.transpose(-1, -2) + index.causal, dim=-1) @ value
+    suffix = _attend_suffix(own_query, key, value, own_key, own_value, index.prefix_mask, index.suffix_mask)
+    width = qkv.shape[1] // 3
+    prefix_rows = prefix.transpose(1, 2).reshape(-1, width)
+    suffix_rows = suffix.permute(0, 2, 3, 1, 4).reshape(-1, width)
+    padded = torch.cat([prefix_rows, suffix_rows])
+    return _Take.apply(padded, index.spread_back, index.gather_back)  # type: ignore[no-any-return]
+
+
+def _attend_end(qkv: Tensor, index: _Index, layout: Layout, spec: TowerSpec) -> Tensor:
+    """Attention of the ``[EOT]`` rows alone: ``[R, 3W]`` to ``[N·C, W]``."""
+    (_, key, value), (_, own_key, own_value) = _spread(qkv, index, layout, spec)
+    count, labels, width = len(layout.prefixes), len(layout.suffixes), qkv.shape[1] // 3
+    query = _Take.apply(qkv[:, :width], index.end, index.end_back)
+    query = query.reshape(count, labels, 1, spec.heads, -1).permute(0, 3, 1, 2, 4)
+    query = query * query.shape[-1] ** -0.5
+    mixed = _attend_suffix(query, key, value, own_key, own_value, index.prefix_mask, index.end_mask)
+    return mixed.permute(0, 2, 3, 1, 4).reshape(-1, width)
+
+
+def _spread(
+    qkv: Tensor, index: _Index, layout: Layout, spec: TowerSpec
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Query (scaled), key, value of prefixes ``[N, heads, P, d]`` and suffixes ``[N, heads, C, L, d]``."""
+    count, labels = len(layout.prefixes), len(layout.suffixes)
+    longest = max(layout.prefixes)
+    padded = _Take.apply(qkv, index.spread, index.spread_back)
+    prefix, suffix = padded.split([count * longest, len(padded) - count * longest])
+    query, key, value = prefix.reshape(count, longest, 3, spec.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    own = suffix.reshape(count, labels, max(layout.suffixes), 3, spec.heads, -1).permute(3, 0, 4, 1, 2, 5)
+    own_query, own_key, own_value = own.unbind(0)
+    scale = query.shape[-1] ** -0.5
+    return (query * scale, key, value), (own_query * scale, own_key, own_value)
+
+
+def _attend_suffix(
+    query: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    own_key: Tensor,
+    own_value: Tensor,
+    prefix_mask: Tensor,
+    own_mask: Tensor,
+) -> Tensor:
+    """Suffix queries ``[N, heads, C, Q, d]`` over the prefix ``[N, heads, P, d]`` and their own suffix."""
+    labels, queries = query.shape[2:4]
+    far = (query.flatten(2, 3) @ prefix_key.transpose(-1, -2)).unflatten(2, (labels, queries)) + prefix_mask
+    near = query @ own_key.transpose(-1, -2) + own_mask
+    weight = torch.softmax(torch.cat([far, near], dim=-1), dim=-1)
+    far, near = weight.split([far.shape[-1], near.shape[-1]], dim=-1)
+    return (far.flatten(2, 3) @ prefix_value).unflatten(2, (labels, queries)) + near @ own_value
+
+
+@lru_cache(maxsize=16)
+def _index(layout: Layout, device: torch.device) -> _Index:
+    prefixes, suffixes = np.array(layout.prefixes), np.array(layout.suffixes)
+    longest, longest_suffix = int(prefixes.max()), int(suffixes.max())
+    count, labels = len(prefixes), len(suffixes)
+    # Which padded places are real, in the order of the packed rows.
+    real_prefix = np.arange(longest) < prefixes[:, None]
+    real_suffix = np.broadcast_to(
+        np.arange(longest_suffix) < suffixes[:, None], (count, labels, longest_suffix)
+    )
+    real = np.concatenate([real_prefix.ravel(), real_suffix.ravel()])
+    rows = int(real.sum())
+    spread_back = np.flatnonzero(real)
+    gather_back = np.full(len(real), rows)
+    gather_back[spread_back] = np.arange(rows)
+    position = np.concatenate(
+        [
+            np.broadcast_to(np.arange(longest), real_prefix.shape).ravel(),
+            (prefixes[:, None, None] + np.zeros((labels, 1), int) + np.arange(longest_suffix)).ravel(),
+        ]
+    )[real]
+    end = prefixes.sum() + np.arange(count)[:, None] * suffixes.sum() + np.cumsum(suffixes) - 1
+    end_back = np.full(rows, count * labels)
+    end_back[end.ravel()] = np.arange(count * labels)
+
+    def mask(allowed: np.ndarray[Any, np.dtype[np.bool_]]) -> Tensor:
+        return torch.from_numpy(np.where(allowed, 0.0, -np.inf).astype(np.float32)).to(device)
+
+    def integers(values: np.ndarray[Any, Any]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values.ravel(), dtype=np.int64)).to(device)
+
+    return _Index(
+        position=integers(position),
+        spread=integers(np.where(gather_back < rows, gather_back, 0)),
+        spread_back=integers(spread_back),
+        gather_back=integers(gather_back),
+        end=integers(end),
+        end_back=integers(end_back),
+        causal=mask(np.tri(longest, dtype=bool)),
+        prefix_mask=mask(real_prefix[:, None, None, None, :]),
+        suffix_mask=mask(np.tri(longest_suffix, dtype=bool)),
+        end_mask=mask(np.arange(longest_suffix) < suffixes[:, None, None]),
+    )
