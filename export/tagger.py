@@ -174,7 +174,9 @@ def compose_tagger(
     pixels = helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["batch", size, size, 3])
     _replace(graph.input, [pixels])
     _replace(graph.output, outputs)
+    _cast_first(graph)
     _prune(graph)
+    del model.opset_import[1:]  # the join lists the one operator set twice
     model.producer_name = "fedmpt"
     return model
 
@@ -222,6 +224,15 @@ def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
         for index, name in enumerate(node.input):
             if name in names:
                 node.input[index] = names[name]
+
+
+def _cast_first(graph: onnx.GraphProto) -> None:
+    """Let only the cast read the uint8 input: TensorRT takes uint8 at the border and nowhere else."""
+    cast = next(node for node in graph.node if node.op_type == "Cast" and node.input[0] == "pixels")
+    first = onnx.NodeProto.FromString(cast.SerializeToString())
+    graph.node.remove(cast)
+    _rename(graph, {"pixels": first.output[0]})
+    graph.node.insert(0, first)
 
 
 def _replace(field: Any, values: Sequence[Any]) -> None:

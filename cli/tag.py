@@ -1,0 +1,239 @@
+"""``fedmpt tag``: labels for photos, as JSON, CSV or XMP sidecars; or as a local web page."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO
+
+from fedmpt.cli.progress import progress_bar
+from fedmpt.edge_client import tag_results
+from fedmpt.edge_client.images import PhotoError
+from fedmpt.edge_client.tag_journal import Journal
+from fedmpt.edge_client.tagger import Tagger
+from fedmpt.edge_client.tagging import Tagged, find_photos, tag_photos, watch
+from fedmpt.edge_client.xmp import XmpError, sidecar_path, write_tags
+from fedmpt.protocol.errors import FedmptError
+from fedmpt.protocol.files import sha256_file
+
+WATCH_SECONDS = 2.0
+EXPLANATION_SIZE = 448  # pixels
+
+
+class TagError(FedmptError):
+    """The options of ``fedmpt tag`` contradict each other or what is there."""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``fedmpt tag``."""
+    parser.description = (
+        "Tag photos offline. Photos are files, folders (with all below), glob patterns or - (names on standard "
+        "input, one a line). Results are JSON Lines, CSV rows or XMP sidecars; photos are never modified. "
+        "Exit code 1 if any photo could not be tagged."
+    )
+    parser.epilog = (
+        "Examples:\n"
+        "  fedmpt tag --tagger tagger.onnx photos/ --out tags.jsonl   (run again: goes on where it stopped)\n"
+        "  fedmpt tag --tagger tagger.onnx photos/ --format xmp --watch\n"
+        "  fedmpt tag --tagger tagger.onnx --serve"
+    )
+    parser.add_argument("photos", nargs="*", metavar="PHOTO", help="file, folder, glob pattern or -")
+    parser.add_argument("--tagger", type=Path, default=Path("tagger.onnx"), help="tagger file (%(default)s)")
+    parser.add_argument("--format", choices=("json", "csv", "xmp"), default="json", help="(%(default)s)")
+    parser.add_argument(
+        "--json", dest="format", action="store_const", const="json", help="same as --format json"
+    )
+    parser.add_argument("--out", type=Path, help="file for the results; a later run adds what is new")
+    parser.add_argument("--journal", type=Path, help="where finished photos are noted (OUT.journal)")
+    parser.add_argument("--top", type=_positive, metavar="N", help="at most N labels a photo")
+    parser.add_argument(
+        "--min-probability", type=_probability, metavar="P", help="one threshold instead of the tagger's own"
+    )
+    parser.add_argument("--explain", type=Path, metavar="DIR", help="write a heat map (PNG) per label found")
+    parser.add_argument(
+        "--sidecar",
+        choices=("photo.jpg.xmp", "photo.xmp"),
+        default="photo.jpg.xmp",
+        help="name of sidecars: digiKam, darktable and Immich use the first, Lightroom the second (%(default)s)",
+    )
+    parser.add_argument("--watch", action="store_true", help="keep running and tag photos as they appear")
+    parser.add_argument("--serve", action="store_true", help="serve a web page on this machine instead")
+    parser.add_argument(
+        "--port", type=int, default=8765, help="port of --serve; 0 takes a free one (%(default)s)"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "tensorrt"), default="auto")
+    parser.add_argument("--threads", type=_positive, help="cores to use (all)")
+    parser.set_defaults(usage_error=parser.error)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Tag what was asked for; 1 if any photo failed."""
+    if bool(arguments.photos) == arguments.serve:
+        arguments.usage_error("give photos to tag, or --serve")
+    if arguments.out and arguments.format == "xmp":
+        arguments.usage_error("--format xmp writes sidecars beside the photos; --out is for json and csv")
+    tagger = Tagger.load(arguments.tagger, arguments.device, arguments.threads)
+    if arguments.explain and not tagger.has_heatmaps:
+        raise TagError(
+            f"--explain: {arguments.tagger} was exported without heat maps; export it again with them"
+        )
+    skipped: Counter[str] = Counter()
+    failed: list[FedmptError] = []
+    try:
+        with contextlib.ExitStack() as stack:
+            sink = _open_sink(arguments, stack)
+            count = 0
+            for photos, live in _photo_lists(arguments, skipped, stack):
+                count += _tag(arguments, tagger, sink, photos, failed, live)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise TagError(
+            f"{error.filename or arguments.out or 'results'}: {error.strerror or error}"
+        ) from error
+    _report(count, failed, skipped)
+    return 1 if failed else 0
+
+
+class _Sink:
+    """Results, journal and explanations of one run."""
+
+    def __init__(self, arguments: argparse.Namespace, out: IO[bytes] | None, journal: Journal | None) -> None:
+        self._arguments = arguments
+        self._out = out
+        self._journal = journal
+
+    def select(self, photos: Iterable[Path]) -> Iterator[Path]:
+        """What is not done yet."""
+        return self._journal.select(photos) if self._journal else iter(photos)
+
+    def write(self, result: Tagged) -> None:
+        """Write one photo's tags and note it as done."""
+        if self._arguments.explain:
+            tag_results.write_explanations(self._arguments.explain, result, EXPLANATION_SIZE)
+        if self._arguments.format == "xmp":
+            sidecar = sidecar_path(result.path, self._arguments.sidecar)
+            write_tags(sidecar, [label for label, _ in result.tags])
+        elif self._out:
+            render = tag_results.csv_rows if self._arguments.format == "csv" else tag_results.json_line
+            self._out.write(render(result))
+            self._out.flush()
+        if self._journal:
+            self._journal.record(result.path, self._out.tell() if self._arguments.out and self._out else 0)
+
+
+def _open_sink(arguments: argparse.Namespace, stack: contextlib.ExitStack) -> _Sink:
+    out: Path | None = arguments.out
+    journal_path = arguments.journal or (out and out.with_name(out.name + ".journal"))
+    journal = None
+    if out and out.exists() and not journal_path.exists():
+        raise TagError(f"{out}: exists, and {journal_path} does not; remove it or choose another --out")
+    if journal_path:
+        identity = {"tagger": sha256_file(arguments.tagger)}
+        for name in ("format", "top", "min_probability", "sidecar"):
+            identity[name] = str(getattr(arguments, name))
+        identity["results"] = str(out)
+        journal = Journal(journal_path, identity, out)
+        stack.callback(journal.close)
+    if arguments.format == "xmp":
+        return _Sink(arguments, None, journal)
+    file: IO[bytes] = sys.stdout.buffer
+    if out:
+        file = stack.enter_context(out.open("r+b" if out.exists() else "wb"))
+        file.truncate(journal.offset if journal else 0)
+        file.seek(0, os.SEEK_END)
+    if arguments.format == "csv" and not (out and file.tell()):
+        file.write(tag_results.CSV_HEADER)
+    return _Sink(arguments, file, journal)
+
+
+def _photo_lists(
+    arguments: argparse.Namespace, skipped: Counter[str], stack: contextlib.ExitStack
+) -> Iterator[tuple[Iterable[Path], threading.Event]]:
+    """The photos to tag, in one list, or in many as they appear; and the event that asks to stop."""
+    stop = threading.Event()
+    if not arguments.watch:
+        names = [
+            name for source in arguments.photos for name in (_stdin_names() if source == "-" else [source])
+        ]
+        yield list(find_photos(names, skipped)), stop
+        return
+    for number in (signal.SIGINT, signal.SIGTERM):
+        stack.callback(signal.signal, number, signal.signal(number, lambda *_: stop.set()))
+    print(f"watching {', '.join(arguments.photos)}; Ctrl-C ends", file=sys.stderr)
+    for photos in watch(arguments.photos, WATCH_SECONDS, stop):
+        yield photos, stop
+
+
+def _tag(
+    arguments: argparse.Namespace,
+    tagger: Tagger,
+    sink: _Sink,
+    photos: Iterable[Path],
+    failed: list[FedmptError],
+    stop: threading.Event,
+) -> int:
+    pending = list(sink.select(photos))
+    results = tag_photos(
+        tagger,
+        pending,
+        top=arguments.top,
+        min_probability=arguments.min_probability,
+        explain=arguments.explain is not None,
+        workers=arguments.threads,
+    )
+    done = 0
+    with progress_bar("tagging") as progress, contextlib.closing(results):
+        for done, result in enumerate(results, 1):
+            progress(done, len(pending))
+            try:
+                if isinstance(result, PhotoError):
+                    raise result
+                sink.write(result)
+            except (PhotoError, XmpError) as error:
+                failed.append(error)
+                if arguments.watch:
+                    print(f"failed: {error}", file=sys.stderr)
+            if stop.is_set():
+                break
+    return done
+
+
+def _report(count: int, failed: list[FedmptError], skipped: Counter[str]) -> None:
+    """Tell on stderr how the run went; results are on stdout."""
+    for error in failed:
+        print(f"failed: {error}", file=sys.stderr)
+    summary = f"{count - len(failed)} photos tagged, {len(failed)} failed"
+    if skipped:
+        kinds = ", ".join(
+            f"{number} {suffix or 'without suffix'}" for suffix, number in skipped.most_common(6)
+        )
+        summary += f"; passed over: {kinds}"
+    print(summary, file=sys.stderr)
+
+
+def _stdin_names() -> list[str]:
+    data = sys.stdin.buffer.read()
+    separator = b"\0" if b"\0" in data else b"\n"
+    return [os.fsdecode(name) for name in data.split(separator) if name]
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _probability(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError("must be between 0 and 1")
+    return value

@@ -1,0 +1,41 @@
+"""Region heat maps over photos: where in the picture a label's score came from."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+# Colours from cold to hot, evenly spaced; the opacity rises with the heat so that the photo stays visible.
+COLOURS = np.array([(40, 20, 90), (150, 30, 110), (235, 80, 50), (255, 170, 40), (255, 245, 120)], np.float64)
+OPACITY = 0.75
+
+
+def layer(heatmap: NDArray[np.floating], size: int) -> Image.Image:
+    """A heat map as a transparent picture to lay over the photo's square crop: RGBA, ``size`` by ``size``.
+
+    Args:
+        heatmap: ``[rows, columns]``, not negative; only proportions matter. Full colour means the hottest patch,
+            no colour the average or less; a map without any patch of twice the average stays faint.
+        size: side of the picture in pixels.
+    """
+    heat = Image.fromarray(_intensity(heatmap)).resize((size, size), Image.Resampling.BICUBIC)
+    intensity = np.clip(np.asarray(heat, np.float64), 0, 1)
+    position = intensity * (len(COLOURS) - 1)
+    stops = np.arange(len(COLOURS))
+    channels = [np.interp(position, stops, COLOURS[:, channel]) for channel in range(3)]
+    alpha = 255 * OPACITY * np.sqrt(intensity)
+    return Image.fromarray(np.stack([*channels, alpha], axis=-1).round().astype(np.uint8))
+
+
+def overlay(photo: NDArray[np.uint8] | Image.Image, heatmap: NDArray[np.floating]) -> Image.Image:
+    """A square photo (``[S, S, 3]`` or a picture) with the heat map ``[rows, columns]`` laid over it, RGB."""
+    picture = photo if isinstance(photo, Image.Image) else Image.fromarray(photo)
+    return Image.alpha_composite(picture.convert("RGBA"), layer(heatmap, picture.width)).convert("RGB")
+
+
+def _intensity(heatmap: NDArray[np.floating]) -> NDArray[np.float32]:
+    heat = np.nan_to_num(np.asarray(heatmap, np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    above = heat / (heat.mean() or 1.0) - 1
+    scale = max(float(above.max()), 1.0)
+    return np.clip(above / scale, 0, 1).astype(np.float32)

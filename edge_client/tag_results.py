@@ -1,0 +1,49 @@
+"""Where tags go: JSON lines, CSV rows, XMP sidecars, and heat maps laid over the photos."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from pathlib import Path
+
+from fedmpt.edge_client.heatmaps import overlay
+from fedmpt.edge_client.images import load_pixels
+from fedmpt.edge_client.tagging import Tagged
+from fedmpt.protocol.files import atomic_path
+
+CSV_HEADER = b"path,label,probability\n"
+
+
+def json_line(result: Tagged) -> bytes:
+    """``{"path": …, "tags": [{"label": …, "probability": …}]}`` and a line break."""
+    tags = [{"label": label, "probability": round(probability, 6)} for label, probability in result.tags]
+    # Not ASCII-escaped, but names that are no Unicode (any bytes are a legal name) must survive too.
+    text = json.dumps({"path": str(result.path), "tags": tags}, ensure_ascii=False)
+    return text.encode("utf-8", "surrogateescape") + b"\n"
+
+
+def csv_rows(result: Tagged) -> bytes:
+    """One row ``path,label,probability`` a label; one with empty cells for a photo without labels."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    for label, probability in result.tags or [("", None)]:
+        writer.writerow([result.path, label, "" if probability is None else f"{probability:.6f}"])
+    return text.getvalue().encode("utf-8", "surrogateescape")
+
+
+def write_explanations(folder: Path, result: Tagged, size: int) -> None:
+    """Write ``<folder>/<path of the photo>.<label>.png``, ``size`` pixels square, for every label found.
+
+    Raises:
+        PhotoError: the photo has gone since it was tagged.
+    """
+    if not result.heatmaps:
+        return
+    pixels = load_pixels(result.path, size)  # the model's own input is too coarse to look at
+    parts = [part for part in result.path.parts if part not in (result.path.anchor, "..")]
+    for label, heatmap in result.heatmaps.items():
+        slug = re.sub(r"[^\w.-]+", "_", label)
+        with atomic_path(folder.joinpath(*parts[:-1], f"{parts[-1]}.{slug}.png")) as temporary:
+            overlay(pixels, heatmap).save(temporary, "PNG")

@@ -1,0 +1,165 @@
+"""Many photos through a tagger: found, decoded on all cores, batched, resumable, watched."""
+
+from __future__ import annotations
+
+import functools
+import glob
+import itertools
+import os
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmpt.edge_client.images import PhotoError, Pixels, load_pixels
+from fedmpt.edge_client.tag_journal import Signature, signature
+from fedmpt.edge_client.tagger import Prediction, Tagger, Tags
+
+Choose = Callable[[NDArray[np.float32]], Tags]
+
+SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".j2k"}
+    | {".ppm", ".pgm", ".pbm"}
+)
+BATCH_SIZE = 8
+LOOKAHEAD = 3  # batches that are decoded while one is computed
+
+
+@dataclass(frozen=True, eq=False)
+class Tagged:
+    """One photo's labels, most probable first; ``heatmaps`` (by label, ``[rows, columns]``) if asked for."""
+
+    path: Path
+    tags: Tags
+    heatmaps: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+
+
+def find_photos(sources: Iterable[str], skipped: Counter[str] | None = None) -> Iterator[Path]:
+    """Photo files of files, folders (recursive) and glob patterns, in name order within a folder.
+
+    A named file is yielded whatever it is called, also if it does not exist (its decoding will say so). In folders
+    files without a photo's suffix are passed over and counted in ``skipped`` by suffix; hidden files and folders
+    are not entered; a folder that is reached twice by symbolic links is entered once.
+    """
+    seen: set[tuple[int, int]] = set()
+    for source in sources:
+        path = Path(source)
+        if path.is_dir():
+            yield from _walk(path, seen, skipped)
+        elif not path.exists() and glob.has_magic(source):
+            for name in sorted(glob.glob(source, recursive=True)):  # noqa: PTH207  # takes absolute patterns too
+                found = Path(name)
+                yield from _walk(found, seen, skipped) if found.is_dir() else [found]
+        else:
+            yield path
+
+
+def tag_photos(
+    tagger: Tagger,
+    photos: Iterable[Path],
+    *,
+    top: int | None = None,
+    min_probability: float | None = None,
+    explain: bool = False,
+    batch_size: int = BATCH_SIZE,
+    workers: int | None = None,
+) -> Iterator[Tagged | PhotoError]:
+    """Tag photos in their order; a photo that cannot be read gives its PhotoError instead of ending the run.
+
+    Args:
+        tagger: the loaded tagger.
+        photos: files; read lazily.
+        top: at most so many labels a photo.
+        min_probability: one threshold for all labels, the tagger's own where None.
+        explain: whether results carry the heat maps of the labels found.
+        batch_size: photos computed together; the result of a photo does not depend on it.
+        workers: threads that decode; one per core where None.
+    """
+    workers = workers or os.cpu_count() or 1
+    size = tagger.info.image_size
+    choose = functools.partial(tagger.choose, top=top, min_probability=min_probability)
+    pending: deque[tuple[Path, Future[Pixels | PhotoError]]] = deque()
+    photos = iter(photos)
+    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
+        try:
+            while True:
+                for path in itertools.islice(photos, (1 + LOOKAHEAD) * batch_size - len(pending)):
+                    pending.append((path, pool.submit(_decode, path, size)))
+                if not pending:
+                    return
+                batch = [pending.popleft() for _ in range(min(batch_size, len(pending)))]
+                yield from _tag_batch(
+                    tagger, [(path, future.result()) for path, future in batch], choose, explain
+                )
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def watch(sources: Sequence[str], interval: float, stop: threading.Event) -> Iterator[list[Path]]:
+    """Lists of photos as they appear or change, until ``stop`` is set; at first those that are there.
+
+    The folders are looked through every ``interval`` seconds (which, unlike the kernel's notices, also works on
+    network shares); a photo is yielded once two looks in a row found it of the same size and time, so that a copy
+    under way is not read half.
+    """
+    last: dict[Path, Signature] = {}
+    given: dict[Path, Signature] = {}
+    while not stop.is_set():
+        now = {path: found for path in find_photos(sources) if (found := signature(path))}
+        ready = [path for path, found in now.items() if last.get(path) == found != given.get(path)]
+        last, given = now, {path: found for path, found in given.items() if path in now}
+        given.update((path, now[path]) for path in ready)
+        if ready:
+            yield ready
+        stop.wait(interval)
+
+
+def _tag_batch(
+    tagger: Tagger, decoded: Sequence[tuple[Path, Pixels | PhotoError]], choose: Choose, explain: bool
+) -> Iterator[Tagged | PhotoError]:
+    good = [pixels for _, pixels in decoded if not isinstance(pixels, PhotoError)]
+    prediction = tagger.predict(np.stack(good)) if good else Prediction(np.empty((0, 0), np.float32), None)
+    rows = itertools.count()
+    for path, pixels in decoded:
+        if isinstance(pixels, PhotoError):
+            yield pixels
+            continue
+        row = next(rows)
+        tags = choose(prediction.probabilities[row])
+        maps = {}
+        if explain and prediction.heatmaps is not None:
+            maps = {label: prediction.heatmaps[row, tagger.info.labels.index(label)] for label, _ in tags}
+        yield Tagged(path, tags, maps)
+
+
+def _decode(path: Path, size: int) -> Pixels | PhotoError:
+    try:
+        return load_pixels(path, size)
+    except PhotoError as error:
+        return error
+
+
+def _walk(folder: Path, seen: set[tuple[int, int]], skipped: Counter[str] | None) -> Iterator[Path]:
+    try:
+        status = folder.stat()
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise PhotoError(folder, error.strerror or str(error)) from error
+    if (status.st_dev, status.st_ino) in seen:
+        return
+    seen.add((status.st_dev, status.st_ino))
+    for entry in entries:
+        path = folder / entry.name
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _walk(path, seen, skipped)
+        elif path.suffix.lower() in SUFFIXES:
+            yield path
+        elif skipped is not None:
+            skipped[path.suffix.lower()] += 1
