@@ -35,8 +35,8 @@ class _StatusCollector:
             "updates_received": ("Updates accepted in the open round", status.received),
             "updates_refused": ("Updates refused in the open round", status.refused),
         }
-        for name, (text, value) in gauges.items():
-            yield GaugeMetricFamily(f"fedmpt_{name}", text, value=value)
+        for name, (text, number) in gauges.items():
+            yield GaugeMetricFamily(f"fedmpt_{name}", text, value=number)
         family = GaugeMetricFamily(
             "fedmpt_validation",
             "Sample-weighted validation figure of the last closed round",
