@@ -296,7 +296,8 @@ def _read_tensors(
             raise CodecError("shape", f"{where}: {name} is {entry['shape']}, but {list(shape)} is accepted")
         stored = np.frombuffer(entry["data"], dtype=dtype).reshape(shape)
         with np.errstate(over="ignore"):
-            tensor = (stored.astype(np.float64) * scales.get(name, 1.0)).astype(np.float32)
+            # NumPy turns arrays without dimensions into scalars when it calculates.
+            tensor = np.asarray(stored.astype(np.float64) * scales.get(name, 1.0), dtype=np.float32)
         _require_finite(name, tensor, f"{where}: ")
         tensors[name] = tensor
     return tensors
