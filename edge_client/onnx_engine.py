@@ -83,7 +83,7 @@ class OnnxEngine:
         missing = [key for key in graph.inputs if key not in values]
         if missing:
             raise EngineError(f"{graph.file}: needs {', '.join(missing)}; the state is not of this bundle")
-        outputs = session.run(list(graph.outputs), {key: values[key] for key in graph.inputs})
+        outputs = session.run(list(graph.outputs), {key: np.asarray(values[key]) for key in graph.inputs})
         return dict(zip(graph.outputs, outputs, strict=True))
 
     def _cast(self, tokens: NDArray[np.floating[Any]], rows: int) -> FloatArray:
