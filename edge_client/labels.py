@@ -25,13 +25,15 @@ class LabelError(FedmptError):
 class LabelRules:
     """How names become labels.
 
-    ``labels`` are the federation's, in order; ``mapping`` renames (``tvmonitor`` → ``tv``); ``ignored`` names
-    are dropped on purpose; ``unknown_as_negative`` takes every unknown label as absent (the paper's benchmark).
+    ``labels`` are the federation's, in order; ``mapping`` renames (``tvmonitor`` → ``tv``); ``ignored`` names are dropped
+    on purpose and ``ignore_others`` drops all that are no labels; ``unknown_as_negative`` takes every unknown label as
+    absent (the paper's benchmark).
     """
 
     labels: Sequence[str]
     mapping: Mapping[str, str] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
+    ignore_others: bool = False
     unknown_as_negative: bool = False
 
 
@@ -60,12 +62,16 @@ def resolve_names(names: Iterable[str], rules: LabelRules) -> dict[str, int | No
             resolved[name] = None
         elif target in index:
             resolved[name] = index[target]
-        elif name not in mapping:
+        elif name in mapping:
+            continue  # the mapping's own problem, told above
+        elif rules.ignore_others:
+            resolved[name] = None
+        else:
             problems.append(f"  {name!r}: {_nearest(name, index)}")
     if problems:
         raise LabelError(
             "these names are not labels of the federation; rename each with --map OLD=NEW "
-            "or leave it out with --ignore-label NAME:\n" + "\n".join(problems)
+            "or leave it out with --ignore-label NAME (all: --ignore-other-labels):\n" + "\n".join(problems)
         )
     return resolved
 
