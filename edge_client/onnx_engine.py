@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,10 +11,7 @@ from numpy.typing import NDArray
 from fedmpt.edge_client.engine import EngineError, FloatArray, HeadOutput
 from fedmpt.edge_client.onnx_session import open_session
 from fedmpt.protocol.codec import State
-from fedmpt.protocol.manifest import BundleManifest, Graph, load_manifest
-
-if TYPE_CHECKING:
-    import onnxruntime
+from fedmpt.protocol.manifest import BundleManifest, load_manifest
 
 
 class OnnxEngine:
@@ -26,12 +22,20 @@ class OnnxEngine:
         self._manifest = manifest
         self._device = device
         self._threads = threads
+        self._sessions: dict[str, Any] = {}  # by graph name
         self._tokens = np.empty((0, manifest.tokens.count, manifest.tokens.width), np.float32)
 
     @classmethod
     def open(cls, bundle: Path, device: str = "auto", threads: int | None = None) -> OnnxEngine:
-        """Open a bundle folder; raises BundleError where it is none."""
-        return cls(bundle, load_manifest(bundle), device, threads)
+        """Open a bundle folder.
+
+        Raises:
+            BundleError: it is none.
+            SessionError: ONNX Runtime or the device cannot be had (found out with the head, the smallest graph).
+        """
+        engine = cls(bundle, load_manifest(bundle), device, threads)
+        engine._session("head")
+        return engine
 
     def train_step(
         self, state: State, tokens: NDArray[np.floating[Any]], labels: NDArray[np.int8]
@@ -45,45 +49,33 @@ class OnnxEngine:
         # Photos without a known label change neither loss nor gradients: they fill a fixed batch.
         padded = np.full((rows, labels.shape[1]), -1, np.int8)
         padded[: len(labels)] = labels
-        outputs = self._run(
-            "train_step", self._train_step, {**state, "tokens": self._cast(tokens, rows), "labels": padded}
-        )
+        outputs = self._run("train_step", {**state, "tokens": self._cast(tokens, rows), "labels": padded})
         return float(outputs["loss"]), {name: outputs[f"gradient.{name}"] for name in state}
 
     def text_features(self, state: State) -> FloatArray:
         """See :class:`fedmpt.edge_client.engine.Engine`."""
-        return self._run("text_features", self._text_features, state)["text"]
+        return self._run("text_features", state)["text"]
 
     def head(self, state: State, text: FloatArray, tokens: NDArray[np.floating[Any]]) -> HeadOutput:
         """See :class:`fedmpt.edge_client.engine.Engine`."""
         values = {**state, "text": text, "tokens": self._cast(tokens, len(tokens))}
-        outputs = self._run("head", self._head, values)
+        outputs = self._run("head", values)
         return HeadOutput(outputs["scores"], outputs["logits"], outputs["plan"])
 
-    @cached_property
-    def _train_step(self) -> onnxruntime.InferenceSession:
-        return self._open("train_step")
+    def _session(self, name: str) -> Any:
+        if name not in self._sessions:
+            file = self._manifest.graphs[name].file
+            self._sessions[name] = open_session(self._bundle / file, self._device, self._threads)
+        return self._sessions[name]
 
-    @cached_property
-    def _text_features(self) -> onnxruntime.InferenceSession:
-        return self._open("text_features")
-
-    @cached_property
-    def _head(self) -> onnxruntime.InferenceSession:
-        return self._open("head")
-
-    def _open(self, name: str) -> onnxruntime.InferenceSession:
-        return open_session(self._bundle / self._manifest.graphs[name].file, self._device, self._threads)
-
-    def _run(
-        self, name: str, session: onnxruntime.InferenceSession, values: dict[str, NDArray[Any]]
-    ) -> dict[str, NDArray[Any]]:
+    def _run(self, name: str, values: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Run a graph on those of ``values`` that it takes (a graph may need only part of the state)."""
-        graph: Graph = self._manifest.graphs[name]
+        graph = self._manifest.graphs[name]
         missing = [key for key in graph.inputs if key not in values]
         if missing:
             raise EngineError(f"{graph.file}: needs {', '.join(missing)}; the state is not of this bundle")
-        outputs = session.run(list(graph.outputs), {key: np.asarray(values[key]) for key in graph.inputs})
+        inputs = {key: np.asarray(values[key]) for key in graph.inputs}
+        outputs = self._session(name).run(list(graph.outputs), inputs)
         return dict(zip(graph.outputs, outputs, strict=True))
 
     def _cast(self, tokens: NDArray[np.floating[Any]], rows: int) -> FloatArray:
