@@ -33,7 +33,7 @@ class MessageError(FedmptError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What the aggregator accepts: payload bytes, samples per client, L2 norm of a difference (0: any)."""
+    """What the aggregator accepts: payload bytes, samples per client, L2 norm of a difference."""
 
     update_bytes: int
     samples: int

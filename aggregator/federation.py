@@ -1,0 +1,346 @@
+"""One federation without a broker and without a clock: messages in, receipts and messages out.
+
+``server.py`` connects it to MQTT; the simulator drives it in one process. Nothing here blocks or reads the time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fedmpt.aggregator.admission import AdmissionContext, Refused, admit
+from fedmpt.aggregator.privacy import epsilon, privatise
+from fedmpt.aggregator.rounds import (
+    first_round,
+    following_round,
+    is_overdue,
+    open_round,
+    should_close,
+)
+from fedmpt.aggregator.settings import FederationSettings, manifest_message
+from fedmpt.aggregator.store import Store
+from fedmpt.aggregator.strategies import Contribution, aggregate, apply_step
+from fedmpt.aggregator.summary import RoundSummary
+from fedmpt.protocol.codec import State, decode_state, decode_update, encode_state, state_digest
+from fedmpt.protocol.manifest import BundleManifest, TensorSpec
+from fedmpt.protocol.messages import (
+    MessageError,
+    Presence,
+    Receipt,
+    Round,
+    Status,
+    from_json,
+    to_json,
+)
+from fedmpt.protocol.topics import Topics
+
+logger = logging.getLogger(__name__)
+
+MAXIMUM_CLIENTS = 100_000
+CALIBRATED = ("bias", "scale")
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """A message for the broker; an empty retained payload deletes the topic."""
+
+    topic: str
+    payload: bytes
+    retain: bool = True
+
+
+class Federation:
+    """The state of one federation, kept in ``store`` and continued from it.
+
+    Call ``receive`` for updates, ``commit`` before acknowledging them, ``presence`` for presence messages, and
+    ``tick`` often: it opens and closes rounds and returns what is to be published.
+    """
+
+    def __init__(
+        self, store: Store, bundle: BundleManifest, initial: State, settings: FederationSettings
+    ) -> None:
+        self.settings = settings
+        self.topics = Topics(settings.name)
+        self.manifest = manifest_message(bundle, settings)
+        self._store = store
+        self._present: set[str] = set()
+        self._refusals: dict[str, int] = {}
+        self._latest_metrics: dict[str, float] = {}
+        store.bind(
+            {
+                "federation": settings.name,
+                "bundle": bundle.digest,
+                "strategy": vars(settings.strategy),
+                "training": vars(self.manifest.training),
+                "privacy": vars(settings.privacy) if settings.privacy else None,
+            }
+        )
+        if store.load() is None:
+            store.close_round(first_round(settings.rounds), encode_state(initial), {}, None)
+        loaded = store.load()
+        assert loaded is not None
+        self.round, self._payload, self._memory = loaded
+        self.state = decode_state(self._payload, bundle.state, "the store's state")
+        self.digest = state_digest(self.state)
+        self._received = store.clients()
+        self._admission = self._context()
+        if history := store.history():
+            self._latest_metrics = history[-1]["metrics"]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last round has closed; ``state`` is then the result."""
+        return self.round.phase == "finished"
+
+    @property
+    def trainable(self) -> dict[str, TensorSpec]:
+        """The tensors that an update of the present round holds."""
+        specs = self.manifest.state
+        names = {"calibrate": CALIBRATED, "train": tuple(specs), "finished": ()}[self.round.phase]
+        return {name: specs[name] for name in sorted(names)}
+
+    def presence(self, client: str, payload: bytes) -> Receipt | None:
+        """Take note of a client's presence; a receipt only if it is refused."""
+        topic, number = self.topics.presence(client), self.round.number
+        if not payload:
+            self._present.discard(client)
+            return None
+        try:
+            message = from_json(Presence, payload, topic)
+        except MessageError as error:
+            return self._refuse(client, number, payload, "format", str(error))
+        if (message.client, message.federation) != (client, self.settings.name):
+            return self._refuse(
+                client, number, payload, "identity", f"{topic}: it speaks for {message.client}"
+            )
+        if not message.online:
+            self._present.discard(client)
+        elif message.bundle != self.manifest.bundle:
+            return self._refuse(
+                client,
+                number,
+                payload,
+                "bundle",
+                f"its bundle is {message.bundle[:12]}…, but this federation's is {self.manifest.bundle[:12]}…; "
+                "copy the aggregator's bundle folder to the site",
+            )
+        elif len(self._present) < MAXIMUM_CLIENTS:
+            self._present.add(client)
+        return None
+
+    def receive(self, number: int, client: str, payload: bytes) -> Receipt | None:
+        """Take an update from the topic of (round ``number``, ``client``); None if the client is muted.
+
+        An accepted update is durable only after ``commit``; send its receipt and acknowledgement then.
+        """
+        if self._muted(client):
+            return None
+        if number != self.round.number or self.round.opened is None:
+            return self._receipt(
+                client, number, payload, "stale", "round", f"round {number} is not open; see the round topic"
+            )
+        if client in self._received:
+            return self._receipt(
+                client, number, payload, "duplicate", "", "this round has the client's update"
+            )
+        result = admit(payload, client, self._admission)
+        if isinstance(result, Refused):
+            return self._refuse(client, number, payload, result.check, result.reason)
+        self._store.add_update(client, payload)
+        self._received.add(client)
+        logger.debug(
+            "update accepted",
+            extra={
+                "client": client,
+                "round": number,
+                "bytes": len(payload),
+                "samples": result.update.samples,
+            },
+        )
+        return self._receipt(client, number, payload, "accepted", "", "")
+
+    def commit(self) -> None:
+        """Make everything received so far durable."""
+        self._store.commit()
+
+    def tick(self, now: float) -> list[Outgoing]:
+        """Open, close or renew the round as it is due at ``now``; what is to be published for that."""
+        before = self.round
+        if self.round.opened is not None:
+            muted = sum(
+                1 for client in self.round.chosen if client not in self._received and self._muted(client)
+            )
+            if should_close(self.round, self.settings.rounds, len(self._received), muted, now):
+                self._close(now)
+            elif is_overdue(self.round, now):
+                logger.warning(
+                    "round renewed", extra={"round": self.round.number, "reason": "no update came"}
+                )
+                self.round = replace(self.round, opened=None, deadline=None, chosen=())
+                self._refusals.clear()
+        if self.round.opened is None and not self.finished:
+            opened = open_round(self.round, self.settings.rounds, self._present, now)
+            if opened is not self.round:
+                self.round = opened
+                self._store.save_round(opened)
+                logger.info(
+                    "round open",
+                    extra={"round": opened.number, "phase": opened.phase, "chosen": len(opened.chosen)},
+                )
+        if self.round == before:
+            return []
+        self._admission = self._context()
+        return self._round_messages()
+
+    def retained(self) -> list[Outgoing]:
+        """Every retained topic, to be published whenever the connection is made."""
+        manifest = Outgoing(self.topics.manifest, to_json(self.manifest))
+        return [manifest, *self._round_messages()]
+
+    def status(self, now: float, online: bool = True) -> Status:
+        """The aggregator's word on where it stands."""
+        return Status(
+            federation=self.settings.name,
+            online=online,
+            round=self.round.number,
+            rounds=self.settings.rounds.rounds,
+            phase=self.round.phase,
+            present=len(self._present),
+            chosen=len(self.round.chosen),
+            received=len(self._received),
+            refused=sum(self._refusals.values()),
+            muted=sum(1 for client in self._refusals if self._muted(client)),
+            deadline=self.round.deadline,
+            waiting=self._waiting(),
+            metrics=self._latest_metrics,
+            time=now,
+        )
+
+    def present(self) -> list[str]:
+        """Names of the clients that are online, in order."""
+        return sorted(self._present)
+
+    def _waiting(self) -> str:
+        if self.finished:
+            return ""
+        missing = self.settings.rounds.clients_min - len(self._present)
+        if self.round.opened is None:
+            return (
+                ""
+                if missing <= 0
+                else f"waiting for {missing} more client{'s' if missing > 1 else ''} to begin"
+            )
+        absent = [
+            client
+            for client in self.round.chosen
+            if client not in self._received and client not in self._present
+        ]
+        if absent and len(absent) == len(self.round.chosen) - len(self._received):
+            names = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
+            return f"waiting for absent clients: {names}"
+        return ""
+
+    def _round_messages(self) -> list[Outgoing]:
+        """State first, so that whoever reads the round can have its state; then the old state's deletion."""
+        number = self.round.number
+        message = Round(
+            federation=self.settings.name,
+            round=number,
+            phase=self.round.phase,
+            trainable=tuple(self.trainable),
+            state=self.digest,
+            deadline=self.round.deadline,
+            clients=self.round.chosen,
+        )
+        messages = [
+            Outgoing(self.topics.state(number), self._payload),
+            Outgoing(self.topics.round, to_json(message)),
+        ]
+        if number > 0:
+            messages.append(Outgoing(self.topics.state(number - 1), b""))
+        return messages
+
+    def _context(self) -> AdmissionContext:
+        return AdmissionContext(
+            federation=self.settings.name,
+            round=self.round.number,
+            base=self.digest,
+            chosen=frozenset(self.round.chosen),
+            trainable=self.trainable,
+            limits=self.manifest.limits,
+            metrics=self.settings.metrics,
+        )
+
+    def _close(self, now: float) -> None:
+        """Aggregate the round's updates and make the next round's state durable, in one transaction."""
+        closing, base = self.round, self.digest
+        calibrating = closing.phase == "calibrate"
+        summary = RoundSummary()
+
+        def contributions() -> Iterator[Contribution]:
+            summary.begin()
+            for client, payload in self._store.updates():
+                update, _ = decode_update(payload, self.trainable, self.manifest.limits.update_bytes)
+                summary.add(update, len(payload))
+                yield Contribution(client, update.samples, update.difference)
+
+        if self.settings.privacy:
+            differences = (item.difference for item in contributions())
+            step = privatise(differences, self.settings.privacy, len(closing.chosen))
+            self.state = apply_step(self.state, step)
+        else:
+            self.state, self._memory = aggregate(
+                self.settings.strategy, self.state, contributions, self._memory, calibrating=calibrating
+            )
+        self._payload, self.digest = encode_state(self.state), state_digest(self.state)
+        self.round = following_round(closing, self.settings.rounds)
+        self._latest_metrics = summary.metrics()
+        opened = closing.opened if closing.opened is not None else now
+        history: dict[str, Any] = {
+            "round": closing.number,
+            "phase": closing.phase,
+            "opened": opened,
+            "closed": now,
+            "seconds": now - opened,
+            "chosen": len(closing.chosen),
+            "received": len(summary.bytes),
+            "refused": sum(self._refusals.values()),
+            "samples": summary.samples,
+            "bytes": summary.bytes,
+            "metrics": self._latest_metrics,
+            "validation_samples": summary.validation_samples,
+            "base": base,
+            "state": self.digest,
+        }
+        if self.settings.privacy:
+            history["epsilon"] = epsilon(self.settings.privacy, len(self._store.history()) + 1)
+        self._store.close_round(self.round, self._payload, self._memory, history)
+        self._received.clear()
+        self._refusals.clear()
+        logger.info(
+            "round closed",
+            extra={key: value for key, value in history.items() if key not in ("bytes", "opened", "closed")},
+        )
+
+    def _muted(self, client: str) -> bool:
+        return self._refusals.get(client, 0) > self.settings.refusals
+
+    def _refuse(self, client: str, number: int, payload: bytes, check: str, reason: str) -> Receipt | None:
+        if self._muted(client) or len(self._refusals) >= MAXIMUM_CLIENTS:
+            return None
+        self._refusals[client] = self._refusals.get(client, 0) + 1
+        if self._muted(client):
+            reason += f"; {self._refusals[client]} refusals: muted until the round ends"
+        logger.warning(
+            "update refused", extra={"client": client, "round": number, "check": check, "reason": reason}
+        )
+        return self._receipt(client, number, payload, "rejected", check, reason)
+
+    def _receipt(
+        self, client: str, number: int, payload: bytes, status: str, check: str, reason: str
+    ) -> Receipt:
+        digest = hashlib.sha256(payload).hexdigest()
+        return Receipt(self.settings.name, client, number, digest, status, check, reason)

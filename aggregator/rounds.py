@@ -1,0 +1,112 @@
+"""The round state machine: plain functions on plain data, with time passed in (Unix seconds).
+
+A round opens when enough clients are present, and closes at its quorum, or at its deadline if any update came.
+A deadline without any update renews the round: the same base state, the clients chosen anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+from fedmpt.protocol.errors import FedmptError
+
+
+class RoundError(FedmptError):
+    """A setting of the rounds is out of range."""
+
+
+@dataclass(frozen=True)
+class RoundSettings:
+    """How many rounds, whether round 0 calibrates, and whom a round waits for.
+
+    ``fraction`` of the clients present is chosen, but at least ``clients_min``, without whom no round opens.
+    ``quorum`` is the fraction of the chosen whose updates close the round; ``deadline`` is the seconds after
+    which it closes with what it has (None: never). ``seed`` draws the choice.
+    """
+
+    rounds: int
+    calibrate: bool
+    clients_min: int = 1
+    fraction: float = 1.0
+    quorum: float = 1.0
+    deadline: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        in_range = {
+            "rounds must be 1 to 100000": 1 <= self.rounds <= 100_000,
+            "the least number of clients must be 1 to 10000": 1 <= self.clients_min <= 10_000,
+            "the fraction of clients must be above 0 and at most 1": 0 < self.fraction <= 1,
+            "the quorum must be above 0 and at most 1": 0 < self.quorum <= 1,
+            "the deadline must be positive": self.deadline is None or 0 < self.deadline < math.inf,
+        }
+        for text, good in in_range.items():
+            if not good:
+                raise RoundError(f"round settings: {text}")
+
+
+@dataclass(frozen=True)
+class RoundState:
+    """Where the federation stands; ``opened`` is None while round ``number`` waits for clients."""
+
+    number: int
+    phase: str
+    opened: float | None
+    deadline: float | None
+    chosen: tuple[str, ...]
+
+
+def first_round(settings: RoundSettings) -> RoundState:
+    """The state before anybody has trained: round 0 if it is to calibrate, else round 1."""
+    return _waiting(0 if settings.calibrate else 1, settings)
+
+
+def following_round(state: RoundState, settings: RoundSettings) -> RoundState:
+    """The state after ``state``'s round has closed: the next round waits, or all is finished."""
+    return _waiting(state.number + 1, settings)
+
+
+def open_round(
+    state: RoundState, settings: RoundSettings, present: Collection[str], now: float
+) -> RoundState:
+    """Choose among the clients present and open the round; too few clients: ``state`` as it is."""
+    chosen = choose(settings, state.number, present)
+    if state.phase == "finished" or not chosen:
+        return state
+    deadline = None if settings.deadline is None else now + settings.deadline
+    return replace(state, opened=now, deadline=deadline, chosen=chosen)
+
+
+def choose(settings: RoundSettings, number: int, present: Collection[str]) -> tuple[str, ...]:
+    """The clients of one round in name order; nobody while fewer than ``clients_min`` are present.
+
+    Each client's lot depends on seed, round and name alone, so that who else is present does not matter.
+    """
+    if len(present) < settings.clients_min:
+        return ()
+    count = max(settings.clients_min, math.ceil(settings.fraction * len(present)))
+    lots = sorted(
+        present, key=lambda name: hashlib.sha256(f"{settings.seed}/{number}/{name}".encode()).digest()
+    )
+    return tuple(sorted(lots[:count]))
+
+
+def should_close(state: RoundState, settings: RoundSettings, received: int, muted: int, now: float) -> bool:
+    """Whether the open round has what it waits for. ``muted`` clients, of those chosen, can no longer answer."""
+    if received == 0:
+        return False
+    quorum = math.ceil(settings.quorum * (len(state.chosen) - muted))
+    return received >= quorum or is_overdue(state, now)
+
+
+def is_overdue(state: RoundState, now: float) -> bool:
+    """Whether the open round's deadline has passed."""
+    return state.deadline is not None and now >= state.deadline
+
+
+def _waiting(number: int, settings: RoundSettings) -> RoundState:
+    phase = "calibrate" if number == 0 else "train" if number <= settings.rounds else "finished"
+    return RoundState(number, phase, None, None, ())

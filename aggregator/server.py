@@ -1,0 +1,168 @@
+"""Connects a federation to MQTT: the only place of the aggregator that knows a network and a clock."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from fedmpt.aggregator.federation import Federation, Outgoing
+from fedmpt.protocol.address import BrokerAddress
+from fedmpt.protocol.connection import Connection
+from fedmpt.protocol.events import Connected, Delivery, Disconnected, Event, Message, PublishRefused
+from fedmpt.protocol.messages import Receipt, Status, to_json
+
+logger = logging.getLogger(__name__)
+
+BATCH = 500  # messages that share one commit at most
+TICK_SECONDS = 0.25
+STATUS_SECONDS = 1.0  # the status topic changes no faster
+HEARTBEAT_SECONDS = 15.0  # and no slower
+SETTLE_SECONDS = 1.0  # after connecting, what waited at the broker comes in before any deadline is judged
+FAREWELL_SECONDS = 30.0  # for the broker to take the last messages
+
+
+def connect(address: BrokerAddress, federation: Federation, timeout: float | None = 15.0) -> Connection:
+    """A connection as the federation's aggregator, with a last will on the status topic.
+
+    Raises:
+        BrokerUnreachable: no broker there, or it does not accept us.
+        PayloadTooLarge: the broker would not take the federation's state or updates.
+    """
+    topics, limit = federation.topics, federation.manifest.limits.update_bytes
+    connection = Connection(
+        address,
+        f"fedmpt-{topics.federation}-aggregator",
+        subscriptions=(topics.all_presence, topics.all_updates),
+        will=(topics.status, to_json(federation.status(time.time(), online=False))),
+        maximum_packet_size=max(1 << 20, 4 * limit),
+    )
+    try:
+        connection.connect(timeout)
+        for message in federation.retained():
+            connection.check_size(message.topic, len(message.payload))
+        connection.check_size(topics.update(federation.round.number, "x" * 64), limit)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def serve(
+    federation: Federation,
+    connection: Connection,
+    *,
+    stop: threading.Event,
+    on_status: Callable[[Status], None] = lambda status: None,
+    linger: float = 0.0,
+) -> bool:
+    """Run rounds until the last has closed (True) or ``stop`` is set (False).
+
+    ``linger`` is how many seconds to stay for clients that are still online after the last round; an embedded
+    broker must not vanish before they have read the result.
+    """
+    loop = _Loop(federation, connection, on_status)
+    leave_at: float | None = None
+    while not stop.is_set():
+        loop.step()
+        if federation.finished:
+            leave_at = leave_at or time.monotonic() + linger
+            if time.monotonic() >= leave_at or not federation.present():
+                break
+    loop.farewell()
+    return federation.finished
+
+
+class _Loop:
+    """What one pass after another shares: whether we are connected, what is on its way, what was last said."""
+
+    def __init__(
+        self, federation: Federation, connection: Connection, on_status: Callable[[Status], None]
+    ) -> None:
+        self._federation = federation
+        self._connection = connection
+        self._on_status = on_status
+        self._judge_from = float("inf")
+        self._said = 0.0
+        self._last: Status | None = None
+        self._deliveries: list[Delivery] = []
+
+    def step(self) -> None:
+        """Wait for messages, take a batch of them, commit, acknowledge, and let the rounds go on."""
+        events = self._batch()
+        answered: list[tuple[Message, Receipt | None]] = []
+        for event in events:
+            if isinstance(event, Message):
+                answered.append((event, self._handle(event)))
+            elif isinstance(event, Connected):
+                logger.info("connected", extra={"mqtt": event.protocol})
+                self._judge_from = time.monotonic() + SETTLE_SECONDS
+                self._said = 0.0
+                self._publish(self._federation.retained())
+            elif isinstance(event, Disconnected):
+                logger.warning("disconnected", extra={"reason": event.reason})
+                self._judge_from = float("inf")
+        self._federation.commit()
+        for message, _ in answered:
+            self._connection.acknowledge(message)
+        self._publish([self._outgoing(receipt) for _, receipt in answered if receipt is not None])
+        if time.monotonic() >= self._judge_from:
+            self._publish(self._federation.tick(time.time()))
+        self._say_status()
+
+    def farewell(self) -> None:
+        """Publish the last status and wait for the broker to have everything."""
+        self._federation.commit()
+        status = self._federation.status(time.time(), online=False)
+        self._publish([Outgoing(self._federation.topics.status, to_json(status))])
+        end = time.monotonic() + FAREWELL_SECONDS
+        for delivery in self._deliveries:
+            if not delivery.wait(max(0.0, end - time.monotonic())):
+                logger.warning("the broker did not take the last messages", extra={"topic": delivery.topic})
+                break
+
+    def _batch(self) -> list[Event]:
+        event = self._connection.receive(TICK_SECONDS)
+        events: list[Event] = []
+        while event is not None:
+            events.append(event)
+            event = self._connection.receive(0) if len(events) < BATCH else None
+        return events
+
+    def _handle(self, message: Message) -> Receipt | None:
+        topics = self._federation.topics
+        if (client := topics.client_of_presence(message.topic)) is not None:
+            return self._federation.presence(client, message.payload)
+        if (place := topics.round_and_client_of_update(message.topic)) is not None:
+            return self._federation.receive(*place, message.payload)
+        logger.warning("message ignored", extra={"topic": message.topic[:200]})
+        return None
+
+    def _outgoing(self, receipt: Receipt) -> Outgoing:
+        return Outgoing(self._federation.topics.receipt(receipt.client), to_json(receipt), retain=False)
+
+    def _publish(self, messages: list[Outgoing]) -> None:
+        """Send messages, and keep an eye on the retained ones: raises PublishRefused if the broker's ACL does."""
+        self._deliveries = [delivery for delivery in self._deliveries if not delivery.wait(0)]
+        for message in messages:
+            try:
+                delivery = self._connection.publish(message.topic, message.payload, retain=message.retain)
+            except PublishRefused as error:
+                # The outbox is full. A client without its receipt sends its update again, and retained topics
+                # are published again after every reconnection.
+                logger.warning("message dropped", extra={"topic": message.topic, "reason": str(error)})
+                continue
+            if message.retain:
+                self._deliveries.append(delivery)
+
+    def _say_status(self) -> None:
+        """Publish the status when it has changed, and now and then as a sign of life."""
+        now = time.time()
+        status = self._federation.status(now)
+        self._on_status(status)
+        changed = self._last is None or replace(status, time=self._last.time) != self._last
+        if now - self._said >= (STATUS_SECONDS if changed else HEARTBEAT_SECONDS):
+            self._publish([Outgoing(self._federation.topics.status, to_json(status))])
+            self._last, self._said = status, now
