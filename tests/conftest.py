@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -19,19 +21,99 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundle of ``tiny_clip`` for ``fedmpt-prompts``, ``TINY_LABELS`` and ``TINY_CONDITIONS``, batch 8."""
-    import dataclasses
+def tiny_bundle(tiny_clip: Path, request: pytest.FixtureRequest) -> Path:
+    """The bundle of ``tiny_clip`` for ``fedmpt-prompts``, ``TINY_LABELS`` and ``TINY_CONDITIONS``, batch 8.
 
-    from fedmpt.export.bundle import PAPER_TRAINING, build_bundle
-    from fedmpt.export.clip import load_clip
+    Tracing takes ten seconds, so it is kept in pytest's cache folder until a source or a library changes.
+    Read it only; a test that alters a bundle copies it first.
+    """
+    folder = Path(request.config.cache.mkdir("tiny-bundles")) / _sources_digest()
+    if not folder.exists():
+        import dataclasses
 
-    folder = tmp_path_factory.mktemp("bundles") / "tiny"
-    training = dataclasses.replace(PAPER_TRAINING, batch_size=8, rounds=3)
-    build_bundle(
-        load_clip(str(tiny_clip)), TINY_LABELS, folder, conditions=TINY_CONDITIONS, training=training
-    )
+        from fedmpt.export.bundle import PAPER_TRAINING, build_bundle
+        from fedmpt.export.clip import load_clip
+
+        build_bundle(
+            load_clip(str(tiny_clip)),
+            TINY_LABELS,
+            folder,
+            conditions=TINY_CONDITIONS,
+            training=dataclasses.replace(PAPER_TRAINING, batch_size=8, rounds=3),
+        )
     return folder
+
+
+def _sources_digest() -> str:
+    root = Path(__file__).resolve().parents[1]
+    paths = [
+        Path(__file__),
+        *(path for name in ("export", "kernels", "protocol") for path in (root / name).glob("*.py")),
+    ]
+    versions = [version(name) for name in ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")]
+    digest = hashlib.sha256(repr(versions).encode())
+    for path in sorted(paths):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@pytest.fixture(scope="session")
+def colour_tagger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tagger whose answers one can predict: labels red, green and blue, 32 px, heat maps 4 × 4.
+
+    A label's probability is the mean of its channel; its heat map says where in the photo the channel is.
+    """
+    import numpy as np
+    from onnx import TensorProto, helper, numpy_helper
+
+    from fedmpt.export.tagger import save_tagger
+    from fedmpt.protocol.tagger_info import FORMAT, PREPROCESSING, VERSION, TaggerInfo
+
+    nodes = [
+        helper.make_node("Cast", ["pixels"], ["levels"], to=TensorProto.FLOAT),
+        helper.make_node("Transpose", ["levels"], ["planes"], perm=[0, 3, 1, 2]),
+        helper.make_node("AveragePool", ["planes"], ["cells"], kernel_shape=[8, 8], strides=[8, 8]),
+        helper.make_node("Div", ["cells", "white"], ["shares"]),
+        helper.make_node("ReduceMean", ["shares", "axes"], ["probabilities"], keepdims=0),
+        helper.make_node("ReduceSum", ["cells", "axes"], ["sums"], keepdims=1),
+        helper.make_node("Max", ["sums", "one"], ["totals"]),
+        helper.make_node("Div", ["cells", "totals"], ["heatmaps"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "colours",
+        [helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["batch", 32, 32, 3])],
+        [
+            helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["batch", 3]),
+            helper.make_tensor_value_info("heatmaps", TensorProto.FLOAT, ["batch", 3, 4, 4]),
+        ],
+        [
+            numpy_helper.from_array(np.array(255, np.float32), "white"),
+            numpy_helper.from_array(np.array(1, np.float32), "one"),
+            numpy_helper.from_array(np.array([2, 3]), "axes"),
+        ],
+    )
+    info = TaggerInfo(
+        format=FORMAT,
+        version=VERSION,
+        labels=("red", "green", "blue"),
+        thresholds=(0.5, 0.5, 0.25),
+        temperature=1.0,
+        image_size=32,
+        preprocessing=PREPROCESSING,
+        grid=(4, 4),
+        precision="float32",
+        method="colours",
+        clip="none",
+        licence="none",
+        state_digest="0" * 64,
+        bundle_digest="0" * 64,
+        provenance={},
+        measurement=None,
+    )
+    path = tmp_path_factory.mktemp("colours") / "tagger.onnx"
+    save_tagger(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), info, path)
+    return path
 
 
 def write_tiny_clip(
