@@ -39,7 +39,7 @@ class Processes:
     logs: Path
     children: list[Child] = field(default_factory=list)
 
-    def start(self, name: str, arguments: Sequence[str | Path], threads: int | None = None) -> Child:
+    def start(self, name: str, arguments: Sequence[object], threads: int | None = None) -> Child:
         """Start ``fedmpt <arguments>``; its output goes to ``<name>.out`` and ``<name>.log``."""
         log, output = self.logs / f"{name}.log", self.logs / f"{name}.out"
         environment = dict(os.environ)
