@@ -25,9 +25,9 @@ class LabelError(FedmptError):
 class LabelRules:
     """How names become labels.
 
-    ``labels`` are the federation's, in order; ``mapping`` renames (``tvmonitor`` → ``tv``); ``ignored`` names are dropped
-    on purpose and ``ignore_others`` drops all that are no labels; ``unknown_as_negative`` takes every unknown label as
-    absent (the paper's benchmark).
+    ``labels`` are the federation's, in order. ``mapping`` renames (``tvmonitor`` → ``tv``), ``ignored`` names are
+    dropped on purpose, and ``ignore_others`` drops all that are no labels. ``unknown_as_negative`` takes every
+    unknown label as absent (the paper's benchmark).
     """
 
     labels: Sequence[str]

@@ -16,6 +16,7 @@ PROVIDERS = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
+GPU_FILES = ("/dev/nvidia0", "/dev/nvhost-gpu", "/dev/nvgpu", "/dev/dxg")
 REINSTALL = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'fedmpt-edge[cpu]'  (or [gpu])"
 
 logger = logging.getLogger(__name__)
@@ -68,8 +69,10 @@ def open_session(path: Path, device: str = "auto", threads: int | None = None) -
         )
         if device != "auto":
             raise SessionError(f"--device {device}: {obstacle}")
-    reason = f" and not on CUDA: {obstacle}" if obstacle else ""
-    level = logging.WARNING if obstacle and _has_nvidia_device() else logging.INFO
+    if obstacle and not has_nvidia_gpu():
+        obstacle = "there is no NVIDIA GPU here"
+    reason = f", not on CUDA: {obstacle}" if obstacle else ""
+    level = logging.WARNING if obstacle and has_nvidia_gpu() else logging.INFO
     logger.log(level, "%s runs on %s%s", path.name, describe(used, count), reason)
     return session
 
@@ -83,6 +86,11 @@ def session_device(session: Any) -> str:
 def describe(device: str, threads: int) -> str:
     """A device in words, such as ``CPU (2 threads)``."""
     return f"CPU ({threads} threads)" if device == "cpu" else device.upper()
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether the kernel shows an NVIDIA GPU: a card, a Jetson's, or Windows' through WSL."""
+    return any(Path(name).exists() for name in GPU_FILES)
 
 
 def import_onnxruntime() -> Any:
@@ -112,9 +120,8 @@ def _obstacle(onnxruntime: Any, device: str) -> str | None:
     if PROVIDERS[device] in onnxruntime.get_available_providers():
         return None
     return (
-        f"this ONNX Runtime ({onnxruntime.__version__}) is built without {device.upper()}; on a machine with an "
-        "NVIDIA GPU run: pip uninstall -y onnxruntime && pip install 'fedmpt-edge[gpu]'  "
-        "(on Jetson from NVIDIA's package index)"
+        f"this ONNX Runtime ({onnxruntime.__version__}) is built without {device.upper()}; for an NVIDIA GPU run: "
+        "pip uninstall -y onnxruntime && pip install 'fedmpt-edge[gpu]'  (Jetson: from NVIDIA's package index)"
     )
 
 
@@ -131,10 +138,6 @@ def _provider_options(name: str) -> dict[str, str]:
 
 def _cuda_version(onnxruntime: Any) -> str:
     return str(getattr(onnxruntime, "cuda_version", "") or "of its release notes")
-
-
-def _has_nvidia_device() -> bool:
-    return any(Path(name).exists() for name in ("/dev/nvidia0", "/dev/nvhost-gpu", "/dev/nvgpu"))
 
 
 def _installed(distribution: str) -> bool:
