@@ -20,7 +20,6 @@ import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnxscript.optimizer import fold_constants
 from torch import Tensor
-from torch._decomp import core_aten_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fedmpt.protocol.manifest import TensorSpec
@@ -38,7 +37,7 @@ def trace_step(function: Function, weights: Tensors, inputs: Tensors) -> ModelPr
     ``make_fx`` runs the function once, backward pass and all, and records every operation.
     """
     flat, examples, names, results = _flatten(function, weights, inputs)
-    module = make_fx(flat, decomposition_table=core_aten_decompositions())(*examples)
+    module = make_fx(flat)(*examples)
     return _export(module, examples, names, results, None)
 
 
@@ -125,23 +124,16 @@ def _strip(model: ModelProto) -> ModelProto:
     return model
 
 
-def place_weights(
-    model: ModelProto, weights: Tensors, store: Path | None, drop: Sequence[str] = ()
-) -> ModelProto:
-    """Turn the inputs that are weights into initializers; inputs that nothing uses go.
+def place_weights(model: ModelProto, weights: Tensors, store: Path | None) -> ModelProto:
+    """Turn the inputs that are weights into initializers, and drop those that nothing uses.
 
     Args:
         weights: as stored; a float16 weight gets a cast to float32 before its first use.
         store: the safetensors file that holds them, beside which the graph will lie; None puts them inside.
-        drop: further inputs that go if nothing uses them.
     """
     graph = model.graph
     used = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
-    kept = [
-        item
-        for item in graph.input
-        if not (item.name in weights or (item.name in drop and item.name not in used))
-    ]
+    kept = [item for item in graph.input if item.name not in weights]
     del graph.input[:]
     graph.input.extend(kept)
     places = _places(store) if store else {}
