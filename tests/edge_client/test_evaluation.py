@@ -32,14 +32,14 @@ STATE = {"scale": np.float32(2), "bias": np.float32(-1)}
 
 
 def make_cache(seed, n=200):
-    """Cats sit on sofas nine times in ten; scores are noisy labels, and a cat pulls the sofa's score up."""
+    """Cats sit on sofas nine times in ten; scores are noisy labels, and a cat raises the sofa's as much as a sofa."""
     random = np.random.default_rng(seed)
     cat = random.random(n) < 0.4
     sofa = np.where(cat, random.random(n) < 0.9, random.random(n) < 0.1)
     dog = random.random(n) < 0.3
     labels = np.stack([cat, sofa, dog], 1).astype(np.int8)
     scores = labels + random.normal(0, 0.3, labels.shape)
-    scores[:, 1] += 0.5 * cat
+    scores[:, 1] -= 0.4 * sofa - 0.6 * cat
     labels[:5, 2] = -1
     tokens = np.zeros((n, 2, 4), np.float16)
     tokens[:, 0, :3] = scores
