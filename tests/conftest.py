@@ -44,26 +44,23 @@ def tiny_bundle(tiny_clip: Path, request: pytest.FixtureRequest) -> Path:
         from fedmpt.export.bundle import PAPER_TRAINING, build_bundle
         from fedmpt.export.clip import load_clip
 
-        scratch = Path(tempfile.mkdtemp(dir=folder.parent)) / "bundle"
-        build_bundle(
-            load_clip(str(tiny_clip)),
-            TINY_LABELS,
-            scratch,
-            conditions=TINY_CONDITIONS,
-            training=dataclasses.replace(PAPER_TRAINING, batch_size=8, rounds=3),
-        )
-        with contextlib.suppress(OSError):  # another session may have been faster
-            scratch.rename(folder)
+        training = dataclasses.replace(PAPER_TRAINING, batch_size=8, rounds=3)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            built = Path(scratch) / "bundle"
+            clip = load_clip(str(tiny_clip))
+            build_bundle(clip, TINY_LABELS, built, conditions=TINY_CONDITIONS, training=training)
+            with contextlib.suppress(OSError):  # another session may have been faster
+                built.rename(folder)
     return folder
 
 
 def _sources_digest() -> str:
     root = Path(__file__).resolve().parents[1]
-    made_by = ("kernels/reference.py", "protocol/manifest.py", "protocol/codec.py")
-    paths = [Path(__file__), *(root / "export").glob("*.py"), *(root / name for name in made_by)]
+    names = ("bundle", "clip", "frozen", "graphs", "methods", "programs", "prompts", "towers")
+    paths = [Path(__file__), root / "kernels/reference.py", *(root / f"export/{name}.py" for name in names)]
     versions = [version(name) for name in ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")]
     digest = hashlib.sha256(repr(versions).encode())
-    for path in sorted(path for path in paths if not path.name.startswith("tagger")):
+    for path in paths:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
