@@ -68,6 +68,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--port", type=int, default=8765, help="port of --serve; 0 takes a free one (%(default)s)"
     )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address of --serve (%(default)s: this machine alone)"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "tensorrt"), default="auto")
     parser.add_argument("--threads", type=_positive, help="cores to use (all)")
     parser.set_defaults(usage_error=parser.error)
@@ -80,6 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.out and arguments.format == "xmp":
         arguments.usage_error("--format xmp writes sidecars beside the photos; --out is for json and csv")
     tagger = Tagger.load(arguments.tagger, arguments.device, arguments.threads)
+    if arguments.serve:
+        return _serve(tagger, arguments.host, arguments.port)
     if arguments.explain and not tagger.has_heatmaps:
         raise TagError(
             f"--explain: {arguments.tagger} was exported without heat maps; export it again with them"
@@ -204,6 +209,23 @@ def _tag(
             if stop.is_set():
                 break
     return done
+
+
+def _serve(tagger: Tagger, host: str, port: int) -> int:
+    from fedmpt.edge_client.serve import LOOPBACK, open_server
+
+    with open_server(tagger, host, port) as server:
+        if host not in LOOPBACK:
+            print(
+                f"warning: everyone who can reach {host} can use this page; it has no password",
+                file=sys.stderr,
+            )
+        print(f"http://{host}:{server.server_port}/  (Ctrl-C ends)", flush=True)
+        # From a thread of its own: shutdown() waits for the loop, so the loop cannot be what it interrupts.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: threading.Thread(target=server.shutdown).start())
+        server.serve_forever()
+    return 0
 
 
 def _report(count: int, failed: list[FedmptError], skipped: Counter[str]) -> None:

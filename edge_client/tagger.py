@@ -1,4 +1,34 @@
-"""Tagging without federation, network or PyTorch: one ``tagger.onnx`` and photos."""
+"""Tagging without federation, network or PyTorch: one ``tagger.onnx`` and photos.
+
+Here with a tagger that knows the labels red, green and blue:
+
+>>> from fedmpt.edge_client.tagger import Tagger
+>>> tagger = Tagger.load("tagger.onnx")
+>>> tagger.tag("sunset.png")
+[('red', 0.8...), ('blue', 0.4...)]
+>>> tagger.tag("sunset.png", top=1)
+[('red', 0.8...)]
+>>> tagger.tag("sunset.png", min_probability=0.0)
+[('red', 0.8...), ('blue', 0.4...), ('green', 0.2...)]
+
+A photo may also be a Pillow image or an RGB array, and labels and thresholds can be looked up:
+
+>>> import numpy
+>>> tagger.tag(numpy.zeros((480, 640, 3), numpy.uint8))
+[]
+>>> dict(zip(tagger.info.labels, tagger.info.thresholds))
+{'red': 0.5, 'green': 0.5, 'blue': 0.25}
+
+Many photos at once:
+
+>>> pixels = tagger.prepare("sunset.png")
+>>> prediction = tagger.predict(numpy.stack([pixels, 255 - pixels]))
+>>> prediction.probabilities.round(3)
+array([[0.8, 0.2, 0.4],
+       [0.2, 0.8, 0.6]], dtype=float32)
+>>> prediction.heatmaps.shape
+(2, 3, 4, 4)
+"""
 
 from __future__ import annotations
 
@@ -16,6 +46,7 @@ from fedmpt.edge_client.onnx_session import open_session
 from fedmpt.protocol.tagger_info import METADATA_KEY, TaggerError, TaggerInfo, info_from_json
 
 Tags = list[tuple[str, float]]
+Photo = Path | str | Image.Image | NDArray[np.uint8]
 FloatArray = NDArray[np.float32]
 
 
@@ -67,6 +98,15 @@ class Tagger:
         """Whether the file was exported with region heat maps."""
         return "heatmaps" in self._outputs
 
+    def prepare(self, image: Photo) -> NDArray[np.uint8]:
+        """Preprocess one photo as the graph wants it: uint8 RGB ``[S, S, 3]``; raises PhotoError as :meth:`tag`."""
+        size = self.info.image_size
+        if isinstance(image, (str, Path)):
+            return load_pixels(Path(image), size)
+        if isinstance(image, Image.Image):
+            return to_pixels(ImageOps.exif_transpose(image), size)
+        return to_pixels(Image.fromarray(image), size)
+
     def predict(self, pixels: NDArray[np.uint8]) -> Prediction:
         """Run the graph on preprocessed photos, uint8 RGB ``[B, S, S, 3]``."""
         outputs = dict(zip(self._outputs, self._session.run(self._outputs, {"pixels": pixels}), strict=True))
@@ -74,7 +114,7 @@ class Tagger:
 
     def tag(
         self,
-        image: Path | str | Image.Image | NDArray[np.uint8],
+        image: Photo,
         *,
         top: int | None = None,
         min_probability: float | None = None,
@@ -89,15 +129,8 @@ class Tagger:
         Raises:
             PhotoError: the photo cannot be read.
         """
-        size = self.info.image_size
-        if isinstance(image, (str, Path)):
-            pixels = load_pixels(Path(image), size)
-        elif isinstance(image, Image.Image):
-            pixels = to_pixels(ImageOps.exif_transpose(image), size)
-        else:
-            pixels = to_pixels(Image.fromarray(image), size)
         return self.choose(
-            self.predict(pixels[None]).probabilities[0], top=top, min_probability=min_probability
+            self.predict(self.prepare(image)[None]).probabilities[0], top=top, min_probability=min_probability
         )
 
     def choose(

@@ -148,8 +148,9 @@ def _walk(folder: Path, seen: set[tuple[int, int]], skipped: Counter[str] | None
     try:
         status = folder.stat()
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        raise PhotoError(folder, error.strerror or str(error)) from error
+    except OSError:
+        yield folder  # as if it were a photo: its decoding reports it, and the rest goes on
+        return
     if (status.st_dev, status.st_ino) in seen:
         return
     seen.add((status.st_dev, status.st_ino))

@@ -1,0 +1,188 @@
+"""A small web page on this machine where one drops photos and sees tags, probabilities and heat maps."""
+
+from __future__ import annotations
+
+import base64
+import importlib.resources
+import io
+import json
+import logging
+import secrets
+import threading
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from PIL import Image
+
+from fedmpt.edge_client.heatmaps import layer
+from fedmpt.edge_client.images import PhotoError, decode_pixels
+from fedmpt.edge_client.tagger import Tagger
+from fedmpt.protocol.errors import FedmptError
+
+MAXIMUM_UPLOAD = 64 << 20  # bytes
+CONCURRENT_PHOTOS = 4  # uploads held in memory at a time; others wait
+SHOWN_TAGS = 8  # the most probable labels are shown, found or not
+PHOTO_SIZE = 448  # pixels
+HEATMAP_SIZE = 224
+TIMEOUT = 30  # seconds that a silent connection is kept
+LOOPBACK = ("127.0.0.1", "localhost")
+
+logger = logging.getLogger(__name__)
+
+
+class ServeError(FedmptError):
+    """The page cannot be served at this address."""
+
+
+def open_server(tagger: Tagger, host: str = "127.0.0.1", port: int = 0) -> ThreadingHTTPServer:
+    """Listen at ``host`` and ``port`` (0: any free one); the caller runs ``serve_forever`` and ``server_close``.
+
+    On the loopback address requests whose ``Host`` is not this machine are refused, so that no web site can reach
+    the server by a name of its own (DNS rebinding).
+
+    Raises:
+        ServeError: the port is in use or the address is not this machine's.
+    """
+    page = importlib.resources.files("fedmpt.edge_client").joinpath("data/tagger.html").read_text("utf-8")
+    slots = threading.BoundedSemaphore(CONCURRENT_PHOTOS)
+
+    class Handler(_Handler):
+        pass
+
+    Handler.tagger, Handler.page, Handler.slots = tagger, page, slots
+    try:
+        return _Server((host, port), Handler)
+    except (OSError, OverflowError) as error:
+        raise ServeError(f"cannot serve at {host}:{port} ({error}); choose another --port") from error
+
+
+def examine(tagger: Tagger, photo: bytes, name: str) -> dict[str, Any]:
+    """What the page shows of one encoded photo: its crop and the most probable tags, pictures as data URLs.
+
+    Raises:
+        PhotoError: the bytes are no photo.
+    """
+    pixels = decode_pixels(photo, tagger.info.image_size, name)
+    prediction = tagger.predict(pixels[None])
+    probabilities = prediction.probabilities[0]
+    tags = []
+    for label, probability in tagger.choose(probabilities, top=SHOWN_TAGS, min_probability=0.0):
+        index = tagger.info.labels.index(label)
+        tag: dict[str, Any] = {
+            "label": label,
+            "probability": probability,
+            "threshold": tagger.info.thresholds[index],
+            "found": probability >= tagger.info.thresholds[index],
+        }
+        if prediction.heatmaps is not None:
+            tag["heatmap"] = _data_url(layer(prediction.heatmaps[0, index], HEATMAP_SIZE), "PNG")
+        tags.append(tag)
+    crop = Image.fromarray(decode_pixels(photo, PHOTO_SIZE, name))
+    return {"name": name, "photo": _data_url(crop, "JPEG"), "tags": tags}
+
+
+def _data_url(picture: Image.Image, kind: str) -> str:
+    data = io.BytesIO()
+    picture.save(data, kind)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(data.getvalue()).decode()}"
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def server_bind(self) -> None:
+        # The base class looks up its own name, which can hang without a network.
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = self.server_address[:2]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    tagger: Tagger
+    page: str
+    slots: threading.BoundedSemaphore
+
+    protocol_version = "HTTP/1.1"
+    timeout = TIMEOUT
+
+    def do_GET(self) -> None:
+        if not self._is_ours():
+            return
+        if self.path != "/":
+            self._fail(HTTPStatus.NOT_FOUND, "no such page")
+            return
+        nonce = secrets.token_urlsafe(16)
+        description = json.dumps(
+            {
+                "labels": len(self.tagger.info.labels),
+                "precision": self.tagger.info.precision,
+                "limit": MAXIMUM_UPLOAD,
+            }
+        )
+        page = self.page.replace("{{nonce}}", nonce).replace("{{tagger}}", description)
+        policy = (
+            f"default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; img-src data:; "
+            "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        )
+        self._send(HTTPStatus.OK, "text/html; charset=utf-8", page.encode(), policy)
+
+    def do_POST(self) -> None:
+        if not self._is_ours():
+            return
+        length = self.headers.get("Content-Length", "")
+        if self.path != "/tag":
+            self._fail(HTTPStatus.NOT_FOUND, "no such page")
+        elif not (length.isascii() and length.isdigit()):
+            self._fail(HTTPStatus.LENGTH_REQUIRED, "the size of the photo is missing")
+        elif int(length[:20]) > MAXIMUM_UPLOAD:
+            self._fail(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"larger than {MAXIMUM_UPLOAD >> 20} MB")
+        else:
+            with self.slots:
+                self._tag(self.rfile.read(int(length)))
+
+    def _tag(self, photo: bytes) -> None:
+        try:
+            result = examine(self.tagger, photo, "the photo")
+        except PhotoError as error:
+            self._json(HTTPStatus.UNPROCESSABLE_ENTITY, {"error": error.reason})
+        else:
+            self._json(HTTPStatus.OK, result)
+
+    def _is_ours(self) -> bool:
+        """Refuse what another web site sent through the visitor's browser."""
+        host = self.headers.get("Host", "")
+        loopback = self.server.server_address[0] in LOOPBACK
+        if loopback and host.partition(":")[0] not in LOOPBACK:
+            self._fail(HTTPStatus.FORBIDDEN, "this page is served to this machine only")
+            return False
+        if self.headers.get("Origin", f"http://{host}") != f"http://{host}":
+            self._fail(HTTPStatus.FORBIDDEN, "sent by another web site")
+            return False
+        return True
+
+    def _json(self, status: HTTPStatus, value: Any) -> None:
+        self._send(status, "application/json", json.dumps(value).encode())
+
+    def _fail(self, status: HTTPStatus, text: str) -> None:
+        self.close_connection = True  # its body, if any, is left unread
+        self._json(status, {"error": text})
+
+    def _send(self, status: HTTPStatus, kind: str, body: bytes, policy: str = "default-src 'none'") -> None:
+        self.send_response(status)
+        headers = {
+            "Content-Type": kind,
+            "Content-Length": str(len(body)),
+            "Content-Security-Policy": policy,
+            "X-Content-Type-Options": "nosniff",
+            "Cache-Control": "no-store",
+            **({"Connection": "close"} if self.close_connection else {}),
+        }
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        logger.info("%s %s", self.address_string(), format % arguments)

@@ -1,0 +1,222 @@
+"""The local web page: drop photos, see tags and heat maps; closed to everyone else."""
+
+from __future__ import annotations
+
+import http.client
+import io
+import json
+import shutil
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fedmpt.edge_client.serve import MAXIMUM_UPLOAD, ServeError, examine, open_server
+from fedmpt.edge_client.tagger import Tagger
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+
+
+@pytest.fixture(scope="module")
+def tagger(colour_tagger: Path) -> Tagger:
+    return Tagger.load(colour_tagger, "cpu", threads=1)
+
+
+@pytest.fixture(scope="module")
+def port(tagger: Tagger) -> Iterator[int]:
+    with open_server(tagger) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield server.server_port
+        server.shutdown()
+        thread.join()
+
+
+def request(
+    port: int, method: str, path: str, body: Any = None, **headers: str
+) -> tuple[int, bytes, dict[str, str]]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    try:
+        connection.request(
+            method, path, body, {name.replace("_", "-"): value for name, value in headers.items()}
+        )
+        response = connection.getresponse()
+        return response.status, response.read(), dict(response.getheaders())
+    finally:
+        connection.close()
+
+
+def half_green() -> Image.Image:
+    pixels = np.zeros((60, 80, 3), np.uint8)
+    pixels[:, 40:, 1] = 255
+    pixels[:, :40] = (90, 70, 60)
+    return Image.fromarray(pixels)
+
+
+def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
+    data = io.BytesIO()
+    image.save(data, kind)
+    return data.getvalue()
+
+
+def test_a_photo_comes_back_with_tags_and_heat_maps(port: int) -> None:
+    status, body, _ = request(port, "POST", "/tag", encoded(half_green()))
+    result = json.loads(body)
+    assert status == 200
+    assert [(tag["label"], tag["found"]) for tag in result["tags"]] == [
+        ("green", True),
+        ("red", False),
+        ("blue", False),
+    ]
+    assert result["photo"].startswith("data:image/jpeg;base64,")
+    assert all(tag["heatmap"].startswith("data:image/png;base64,") for tag in result["tags"])
+
+
+def test_what_is_shown_is_what_tag_says(tagger: Tagger) -> None:
+    shown = examine(tagger, encoded(half_green()), "photo")["tags"]
+    assert [(tag["label"], tag["probability"]) for tag in shown if tag["found"]] == tagger.tag(half_green())
+
+
+def test_something_else_than_a_photo_is_refused_with_the_reason(port: int) -> None:
+    for body in (b"no photo", b"", encoded(half_green())[:80]):
+        status, answer, _ = request(port, "POST", "/tag", body)
+        assert status == 422
+        assert json.loads(answer)["error"]
+
+
+def test_uploads_are_bounded_before_they_are_read(port: int) -> None:
+    status, body, _ = request(port, "POST", "/tag", None, Content_Length=str(MAXIMUM_UPLOAD + 1))
+    assert (status, json.loads(body)) == (413, {"error": "larger than 64 MB"})
+
+
+@pytest.mark.parametrize("length", ["-1", "1e3", "٣", "9" * 5000])
+def test_a_nonsensical_length_is_refused(port: int, length: str) -> None:
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        connection.sendall(
+            f"POST /tag HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n".encode()
+        )
+        assert connection.recv(100).split()[1] in (b"411", b"413")
+
+
+def test_a_length_is_required(port: int) -> None:
+    status, _, _ = request(port, "POST", "/tag", iter([b"chunk"]), Transfer_Encoding="chunked")
+    assert status == 411
+
+
+def test_other_paths_do_not_exist(port: int) -> None:
+    assert request(port, "GET", "/../etc/passwd")[0] == 404
+    assert request(port, "POST", "/")[0] == 404
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", ""])
+def test_other_names_for_this_machine_are_refused(port: int, host: str) -> None:
+    assert request(port, "GET", "/", Host=host)[0] == 403
+    assert request(port, "POST", "/tag", encoded(half_green()), Host=host)[0] == 403
+
+
+def test_photos_sent_by_other_web_sites_are_refused(port: int) -> None:
+    photo = encoded(half_green())
+    assert request(port, "POST", "/tag", photo, Origin="http://evil.example")[0] == 403
+    assert request(port, "POST", "/tag", photo, Origin="null")[0] == 403
+    assert request(port, "POST", "/tag", photo, Origin=f"http://127.0.0.1:{port}")[0] == 200
+
+
+def test_the_page_loads_nothing_from_elsewhere(port: int) -> None:
+    status, body, headers = request(port, "GET", "/")
+    assert status == 200
+    assert "default-src 'none'" in headers["Content-Security-Policy"]
+    page = body.decode()
+    assert "http:" not in page
+    assert "https:" not in page
+    assert "{{" not in page
+
+
+def test_it_listens_on_this_machine_alone(tagger: Tagger) -> None:
+    with open_server(tagger) as server:
+        assert server.server_address[0] == "127.0.0.1"
+
+
+def test_a_port_in_use_is_named(tagger: Tagger, port: int) -> None:
+    with pytest.raises(ServeError, match=rf"127\.0\.0\.1:{port} .*choose another --port"):
+        open_server(tagger, port=port)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    if not (CHROMIUM and DRIVER):
+        pytest.skip("chromium and chromedriver are not installed (apt-get install chromium chromium-driver)")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (extra dev)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    profile = tmp_path_factory.mktemp("profile")
+    arguments = ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1100,900")
+    for argument in (*arguments, f"--user-data-dir={profile}"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+def test_in_a_browser(browser: Any, port: int, tmp_path: Path) -> None:
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    photo, broken = tmp_path / "meadow <b>.png", tmp_path / "broken.jpg"
+    half_green().save(photo)
+    broken.write_text("no photo")
+    browser.get(f"http://127.0.0.1:{port}/")
+    browser.find_element(By.CSS_SELECTOR, "input[type=file]").send_keys(f"{broken}\n{photo}")
+    WebDriverWait(browser, 30).until(lambda page: page.find_elements(By.CSS_SELECTOR, "article button"))
+    WebDriverWait(browser, 30).until(lambda page: page.find_elements(By.CSS_SELECTOR, "article.failed"))
+    assert [title.text for title in browser.find_elements(By.TAG_NAME, "h2")] == [
+        "broken.jpg",
+        "meadow <b>.png",
+    ]
+    tags = browser.find_elements(By.CSS_SELECTOR, "article button")
+    assert [tag.text.split() for tag in tags] == [["green", "63.7%"], ["red", "17.7%"], ["blue", "11.8%"]]
+    assert "not an image" in browser.find_element(By.CSS_SELECTOR, "article.failed p").text
+
+    before = picture(browser)
+    np.testing.assert_allclose(before[:, -20], [[0, 255, 0]] * len(before), atol=8)
+    ActionChains(browser).move_to_element(tags[0]).pause(0.5).perform()
+    after = picture(browser)
+    assert after[:, -20, 0].min() > 100  # heat over the green half
+    np.testing.assert_allclose(after[:, 20], before[:, 20], atol=8)  # and none over the other
+    assert [
+        entry
+        for entry in browser.get_log("browser")
+        if entry["level"] == "SEVERE" and "422" not in entry["message"]
+    ] == []
+
+
+def test_dropping_a_photo_tags_it(browser: Any, port: int) -> None:
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    browser.get(f"http://127.0.0.1:{port}/")
+    browser.execute_script(
+        """
+        const file = new File([new Uint8Array(arguments[0])], "dropped.png", {type: "image/png"});
+        const dataTransfer = new DataTransfer();
+        dataTransfer.items.add(file);
+        document.getElementById("drop").dispatchEvent(new DragEvent("drop", {dataTransfer, bubbles: true}));
+        """,
+        list(encoded(half_green())),
+    )
+    WebDriverWait(browser, 30).until(lambda page: page.find_elements(By.CSS_SELECTOR, "article button"))
+    assert browser.find_element(By.TAG_NAME, "h2").text == "dropped.png"
+
+
+def picture(browser: Any) -> np.ndarray:
+    """What the browser shows of the first photo, as an array of ints."""
+    from selenium.webdriver.common.by import By
+
+    shot = browser.find_element(By.CSS_SELECTOR, "article:not(.failed) .picture").screenshot_as_png
+    return np.asarray(Image.open(io.BytesIO(shot)).convert("RGB")).astype(int)
