@@ -59,7 +59,6 @@ def parse_broker(
     authority: Path | None = None,
     certificate: Path | None = None,
     key: Path | None = None,
-    password_file: Path | None = None,
 ) -> BrokerAddress:
     """Read ``mqtt://[user@]host[:port]`` (1883) or ``mqtts://…`` (TLS, 8883).
 
@@ -79,19 +78,12 @@ def parse_broker(
     if (certificate is None) != (key is None):
         raise AddressError("a client certificate needs both --cert and --key")
     if parts.password:
-        raise AddressError("a password in the broker's URL shows in process lists; use --password-file")
-    password = None
-    if password_file:
-        try:
-            password = password_file.read_text().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise AddressError(f"{password_file}: cannot be read as a password file ({error})") from None
+        raise AddressError("a password in the broker's URL shows in process lists; set FEDMPT_MQTT_PASSWORD")
     return BrokerAddress(
         host=parts.hostname,
         port=port or (8883 if tls else 1883),
         tls=tls,
         username=unquote(parts.username) if parts.username else None,
-        password=password,
         authority=authority,
         certificate=certificate,
         key=key,

@@ -24,7 +24,7 @@ RECEIPTS = ("accepted", "duplicate", "stale", "rejected")
 ENCODINGS = ("float32", "float16", "int8")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
-Message = TypeVar("Message")
+AnyMessage = TypeVar("AnyMessage")
 
 
 class MessageError(FedmptError):
@@ -170,7 +170,7 @@ def to_json(message: Any) -> bytes:
     return canonical_json(dataclasses.asdict(message))
 
 
-def from_json(kind: type[Message], data: bytes, where: str) -> Message:
+def from_json(kind: type[AnyMessage], data: bytes, where: str) -> AnyMessage:
     """Read one message; ``where`` (its topic) starts the text of an error.
 
     Raises:
@@ -179,7 +179,7 @@ def from_json(kind: type[Message], data: bytes, where: str) -> Message:
     return read_record(kind, data, where, MAXIMUM_BYTES[kind])
 
 
-def read_record(kind: type[Message], data: bytes | str, where: str, maximum_bytes: int) -> Message:
+def read_record(kind: type[AnyMessage], data: bytes | str, where: str, maximum_bytes: int) -> AnyMessage:
     """Read a versioned JSON object into the frozen dataclass ``kind``; raises MessageError."""
     value = parse_object(data, where, maximum_bytes)
     version = value.get("version")
