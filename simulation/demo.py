@@ -34,7 +34,9 @@ BUNDLE = DATA / "demo-bundle"
 PACK = DATA / "scenes-demo.zip"
 ZERO_SHOT = DATA / "zero-shot.safetensors"
 FEDERATION = "demo"
-SHARED_SETS = ("validation", "correlated", "decorrelated")
+VALIDATION = "validation"
+TEST_SETS = ("test-decorrelated", "test-correlated")
+SHARED_SETS = (VALIDATION, *TEST_SETS)
 ROUNDS = 10
 SHORT_ROUNDS = 2
 TAGGED_PHOTOS = 60
@@ -50,7 +52,7 @@ class DemoError(FedmptError):
 class Scores:
     """One model's logits on the test and validation sets, by set name, and what they come to.
 
-    ``spurious_by_pair`` gives the activation rate of each planted pair (i, j) on ``decorrelated``.
+    ``spurious_by_pair`` gives the activation rate of each planted pair (i, j) on pictures with independent labels.
     """
 
     logits: Mapping[str, NDArray[np.floating[Any]]]
@@ -114,7 +116,12 @@ def unpack(pack: Path, folder: Path) -> list[str]:
     """Unpack the photo folders; return the sites' names."""
     with zipfile.ZipFile(pack) as archive:
         archive.extractall(folder)
-    return sorted(path.name for path in folder.glob("client-*"))
+    return sorted(path.name for path in (folder / "clients").iterdir())
+
+
+def photo_folder(out: Path, name: str) -> Path:
+    """Where the photos of a site or of a shared set lie."""
+    return out / "photos" / name if name in SHARED_SETS else out / "photos" / "clients" / name
 
 
 def build_caches(running: Processes, out: Path, names: list[str], report: Report) -> None:
@@ -126,7 +133,7 @@ def build_caches(running: Processes, out: Path, names: list[str], report: Report
         active = [child for child in active if child.process.poll() is None]
         while waiting and len(active) < 2:
             name = waiting.pop(0)
-            folders = [out / "photos" / name, "--out", out / "caches" / name]
+            folders = [photo_folder(out, name), "--out", out / "caches" / name]
             arguments = ["cache", *folders, "--bundle", BUNDLE, "--threads", 1, "--device", "cpu"]
             active.append(running.start(f"cache-{name}", arguments, threads=1))
         report("photos into features", len(names) - len(waiting) - len(active), len(names))
@@ -178,18 +185,19 @@ def score(
     labels: tuple[str, ...],
 ) -> Scores:
     """Figures of one model; every threshold is chosen on ``validation``, never on a test set."""
-    validation = caches["validation"].labels
-    best = metrics.best_f1_thresholds(logits["validation"], validation)
-    equal_recall = metrics.recall_thresholds(logits["validation"], validation, RECALL)
+    chosen_on = logits[VALIDATION], caches[VALIDATION].labels
+    best = metrics.best_f1_thresholds(*chosen_on)
+    equal_recall = metrics.recall_thresholds(*chosen_on, RECALL)
     figures = {}
-    for name in ("decorrelated", "correlated"):
-        truth, values = caches[name].labels, logits[name]
-        figures[f"mAP, {name}"] = metrics.mean_average_precision(values, truth)
-        figures[f"CF1, {name}"] = metrics.class_f1(values >= best, truth)
-        figures[f"OF1, {name}"] = metrics.overall_f1(values >= best, truth)
-    active, truth = logits["decorrelated"] >= equal_recall, caches["decorrelated"].labels
+    for name in TEST_SETS:
+        truth, values, kind = caches[name].labels, logits[name], name.removeprefix("test-")
+        figures[f"mAP, {kind}"] = metrics.mean_average_precision(values, truth)
+        figures[f"CF1, {kind}"] = metrics.class_f1(values >= best, truth)
+        figures[f"OF1, {kind}"] = metrics.overall_f1(values >= best, truth)
+    decorrelated = TEST_SETS[0]
+    active, truth = logits[decorrelated] >= equal_recall, caches[decorrelated].labels
     figures["spurious activation rate"] = metrics.spurious_activation_rate(active, truth, pairs)
-    each = metrics.average_precision(logits["decorrelated"], truth)
+    each = metrics.average_precision(logits[decorrelated], truth)
     return Scores(
         logits,
         figures,
@@ -210,11 +218,9 @@ def tag_photos(running: Processes, out: Path, report: Report) -> None:
         "--out",
         out / "tagger.onnx",
     ]
-    running.wait(
-        [running.start("export", [*export, "--validation", out / "caches" / "validation"], threads=2)]
-    )
+    running.wait([running.start("export", [*export, "--validation", out / "caches" / VALIDATION], threads=2)])
     report("tagger", 1, 2)
-    photos = sorted((out / "photos" / "decorrelated").glob("*.jpg"))[:TAGGED_PHOTOS]
+    photos = sorted(photo_folder(out, TEST_SETS[0]).glob("*.jpg"))[:TAGGED_PHOTOS]
     arguments = ["tag", "--tagger", out / "tagger.onnx", *photos, "--out", out / "tags.jsonl"]
     running.wait([running.start("tag", [*arguments, "--device", "cpu"], threads=2)])
     report("tagger", 2, 2)

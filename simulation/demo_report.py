@@ -14,7 +14,7 @@ from fedmpt.edge_client.heatmaps import overlay
 from fedmpt.edge_client.images import load_pixels
 from fedmpt.edge_client.tagger import Tagger
 from fedmpt.simulation import report
-from fedmpt.simulation.demo import DemoResult
+from fedmpt.simulation.demo import TEST_SETS, DemoResult, photo_folder
 
 SHOWN_PHOTOS = 12
 SHOWN_PAIRS = 10
@@ -106,7 +106,7 @@ def _curves(result: DemoResult) -> str:
 
 def _photos(result: DemoResult) -> str:
     tagger = Tagger.load(result.out / "tagger.onnx", "cpu")
-    folder = result.out / "photos" / "decorrelated"
+    folder = photo_folder(result.out, TEST_SETS[0])
     truth = dict(line.split(",")[:2] for line in (folder / "labels.csv").read_text().splitlines()[1:])
     # Pictures with some, not too many objects tell most; the first dozen of them, whatever they show.
     chosen = [name for name, labels in truth.items() if 2 <= labels.count(";") + 1 <= 4][:SHOWN_PHOTOS]
