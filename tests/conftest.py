@@ -31,7 +31,13 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_clip: Path, request: pytest.FixtureRequest) -> Path:
+def make_clip() -> Callable[..., Path]:
+    """``write_tiny_clip``, for tests that want other sizes."""
+    return write_tiny_clip
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(request: pytest.FixtureRequest) -> Path:
     """The bundle of ``tiny_clip`` for ``fedmpt-prompts``, ``TINY_LABELS`` and ``TINY_CONDITIONS``, batch 8.
 
     Tracing takes ten seconds, so it is kept in pytest's cache folder until a source or a library changes.
@@ -47,7 +53,7 @@ def tiny_bundle(tiny_clip: Path, request: pytest.FixtureRequest) -> Path:
         training = dataclasses.replace(PAPER_TRAINING, batch_size=8, rounds=3)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             built = Path(scratch) / "bundle"
-            clip = load_clip(str(tiny_clip))
+            clip = load_clip(str(request.getfixturevalue("tiny_clip")))
             build_bundle(clip, TINY_LABELS, built, conditions=TINY_CONDITIONS, training=training)
             with contextlib.suppress(OSError):  # another session may have been faster
                 built.rename(folder)
