@@ -19,7 +19,7 @@ from fedmpt.protocol.topics import Topics
 
 logger = logging.getLogger(__name__)
 
-LOOK_SECONDS = 1.0  # how often a waiting thread looks at the clock and at its stop flag
+LOOK_SECONDS = 0.5  # how often a waiting thread looks at the clock and at its stop flag
 GOODBYE_SECONDS = 2.0
 
 Report = Callable[[str, Mapping[str, Any]], None]
