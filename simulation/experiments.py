@@ -21,7 +21,7 @@ import difflib
 import hashlib
 import itertools
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,8 +128,12 @@ class Experiment:
     varying: tuple[str, ...]
 
 
-def load_experiment(name: str) -> Experiment:
+def load_experiment(name: str, changes: Sequence[str] = ()) -> Experiment:
     """Read an experiment by path, or by the name of a shipped one.
+
+    Args:
+        changes: shared settings to change, each as ``key=value`` with the value as TOML writes it (quotes
+            around text may be left out).
 
     Raises:
         ExperimentError: not found, not TOML, an unknown key or a value of the wrong kind.
@@ -142,6 +146,15 @@ def load_experiment(name: str) -> Experiment:
         raise ExperimentError(f"{path}: not found; give a TOML file or one of {shipped}") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ExperimentError(f"{path}: cannot be read as TOML ({error})") from error
+    for change in changes:
+        key, sign, text = change.partition("=")
+        if not sign:
+            raise ExperimentError(f"--set {change}: write it as KEY=VALUE")
+        try:
+            parsed = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            parsed = text
+        value.setdefault("settings", {})[key.strip()] = parsed
     return parse_experiment(path.stem, value, str(path))
 
 

@@ -20,7 +20,7 @@ from fedmpt.simulation.experiments import (
     load_experiment,
     parse_experiment,
 )
-from fedmpt.simulation.experiments_report import Rows, estimate, results_csv, summarise, write_results
+from fedmpt.simulation.experiments_report import Rows, estimate, results_csv, summarise, write_experiment
 
 DOCUMENT: dict[str, Any] = {
     "title": "Strength",
@@ -81,6 +81,18 @@ def test_a_missing_experiment_lists_the_shipped_ones() -> None:
         load_experiment("no-such-experiment")
 
 
+def test_a_shared_setting_can_be_changed_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "small.toml"
+    path.write_text('title = "Small"\n[settings]\nrounds = 8\n[[grid]]\nseed = [0, 1]\n')
+    changed = load_experiment(str(path), ["rounds=2", "root=/data/voc", "strength = 0.5"])
+    settings = changed.runs[1].settings
+    assert (settings.rounds, settings.root, settings.strength, settings.seed) == (2, "/data/voc", 0.5, 1)
+    with pytest.raises(ExperimentError, match="unknown key 'rouns'"):
+        load_experiment(str(path), ["rouns=2"])
+    with pytest.raises(ExperimentError, match="write it as KEY=VALUE"):
+        load_experiment(str(path), ["rounds"])
+
+
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.toml")), ids=lambda path: path.stem)
 def test_every_shipped_experiment_parses_and_has_three_seeds_or_needs_the_users_data(path: Path) -> None:
     shipped = load_experiment(path.stem)
@@ -123,8 +135,9 @@ def test_the_csv_has_one_row_per_run_with_settings_and_metrics() -> None:
 
 
 def test_results_are_written_as_csv_plots_and_pages_and_repeat_byte_for_byte(tmp_path: Path) -> None:
+    outcomes = [(run, {"metrics": {**metrics, "seconds": 20.0}, "prevalence": []}) for run, metrics in rows()]
     for folder in ("first", "second"):
-        write_results(experiment(), rows(), tmp_path / folder, ["Run on one core."], {})
+        write_experiment(experiment(), outcomes, tmp_path / folder)
     first = {path.name: path.read_bytes() for path in (tmp_path / "first").iterdir()}
     second = {path.name: path.read_bytes() for path in (tmp_path / "second").iterdir()}
     assert set(first) == {"results.csv", "plot-1.svg", "report.md", "report.html"}
@@ -132,5 +145,5 @@ def test_results_are_written_as_csv_plots_and_pages_and_repeat_byte_for_byte(tmp
     ElementTree.fromstring(first["plot-1.svg"])
     page = first["report.md"].decode()
     assert "| long | coop | 9 | 0.600 ± 0.248 |" in page
-    assert "Run on one core." in page
+    assert "9 runs, 3 minutes on one core; mean ± 95 % interval over 3 seeds." in page
     assert "![plot-1](plot-1.svg)" in page
