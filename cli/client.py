@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmpt.cli.logs import show_logs
+from fedmpt.cli.options import OptionsError, add_broker_options, allow_config, broker_address, resolve
 from fedmpt.cli.progress import progress_bar
 from fedmpt.edge_client.cache import FeatureCache, open_cache
 from fedmpt.edge_client.client import Limits, Site, run_client
@@ -23,7 +24,6 @@ from fedmpt.edge_client.engine import ENGINES, open_engine
 from fedmpt.edge_client.onnx_session import DEVICES
 from fedmpt.edge_client.schedule import ScheduleError, Window, parse_window
 from fedmpt.edge_client.trainer import SiteData
-from fedmpt.protocol.address import BrokerAddress, parse_broker
 from fedmpt.protocol.codec import save_state
 from fedmpt.protocol.manifest import load_manifest, verify_bundle
 from fedmpt.protocol.topics import check_name
@@ -49,16 +49,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     parser.add_argument("--bundle", type=Path, required=True, help="the federation's bundle folder")
     parser.add_argument("--cache", type=Path, required=True, help="folder that `fedmpt cache` wrote")
-    parser.add_argument(
-        "--broker", required=True, metavar="URL", help="mqtt://host:1883 or mqtts://host:8883"
-    )
-    parser.add_argument("--federation", required=True, help="the federation's name")
+    parser.add_argument("--federation", required=True, metavar="NAME", help="the federation's name")
     parser.add_argument("--name", required=True, help="this site's name, unique in the federation")
-    parser.add_argument(
-        "--ca", type=Path, metavar="PEM", help="authority that signed the broker's certificate"
-    )
-    parser.add_argument("--cert", type=Path, metavar="PEM", help="this site's certificate")
-    parser.add_argument("--key", type=Path, metavar="PEM", help="its private key")
+    add_broker_options(parser, "this site")
     parser.add_argument("--state-dir", type=Path, help="folder for unfinished work (./fedmpt-NAME)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="save the final state here (safetensors)")
     parser.add_argument("--engine", choices=ENGINES, default="onnx", help="(%(default)s)")
@@ -82,10 +75,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--active", type=_window, metavar="HH:MM-HH:MM", help="train only in this time of day (local)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object per event")
+    allow_config(parser, "client")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Take part until the federation is finished (exit code 0) or the process is asked to stop (also 0)."""
+    arguments = resolve(arguments)
+    if not arguments.broker:
+        raise OptionsError("give the federation's broker with --broker")
+    address = broker_address(arguments)
     show_logs()
     check_name("federation", arguments.federation)
     check_name("client", arguments.name)
@@ -113,7 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
     with _Reporter(as_json=arguments.json) as reporter:
         state = run_client(
             site,
-            _address(arguments),
+            address,
             arguments.state_dir or Path(f"fedmpt-{arguments.name}"),
             limits=Limits(arguments.max_seconds_per_round, arguments.active),
             stop=stop,
@@ -150,8 +148,7 @@ class _Reporter:
         if self._as_json:
             print(json.dumps({"event": event, **facts}, ensure_ascii=False), flush=True)
         else:
-            shown = (f"{name} {_shown(value)}" for name, value in facts.items() if value != "")
-            logger.info("%s", f"{event}: {', '.join(shown)}".rstrip(": "))
+            logger.info(event, extra={name: value for name, value in facts.items() if value != ""})
 
     def progress(self, done: int, total: int | None) -> None:
         if self._callback is None:
@@ -159,26 +156,10 @@ class _Reporter:
         self._callback(done, total)
 
 
-def _shown(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def _fingerprint(cache: FeatureCache, validation: float) -> str:
     """A digest of the photos, their labels and which of them train."""
     text = json.dumps([cache.hashes, validation])
     return hashlib.sha256(text.encode() + cache.labels.tobytes()).hexdigest()
-
-
-def _address(arguments: argparse.Namespace) -> BrokerAddress:
-    import dataclasses
-
-    address = parse_broker(
-        arguments.broker, authority=arguments.ca, certificate=arguments.cert, key=arguments.key
-    )
-    username = os.environ.get("FEDMPT_MQTT_USERNAME", address.username)
-    return dataclasses.replace(
-        address, username=username, password=os.environ.get("FEDMPT_MQTT_PASSWORD", address.password)
-    )
 
 
 def _window(text: str) -> Window:
