@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedmpt.export import graphs, methods, programs
 from fedmpt.export.clip import TOKEN_KINDS, TOKEN_MODES, ClipCheckpoint
+from fedmpt.export.conditions import DEFAULT_CONDITIONS
 from fedmpt.export.frozen import TEXT_WEIGHTS, freeze, save_frozen
 from fedmpt.export.methods import METHODS
 from fedmpt.export.towers import Weights
@@ -52,13 +53,6 @@ PAPER_TRAINING = Training(
     gamma_neg=2.0,
     clip=0.05,
     seed=0,
-)
-DEFAULT_CONDITIONS = (
-    "spatial layout",
-    "object pose",
-    "background",
-    "lighting and weather",
-    "object scale",
 )
 
 Progress = Callable[[int, "int | None"], None]

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedmpt import kernels
 from fedmpt.export import prompts, towers
 from fedmpt.export.towers import TowerSpec, Weights
-from fedmpt.kernels import reference as kernels
 from fedmpt.protocol.manifest import Pooling, Training
 
 State = Mapping[str, Tensor]
