@@ -24,6 +24,7 @@ from fedmpt.edge_client.schedule import Window
 from fedmpt.edge_client.site_connection import LOOK_SECONDS, Report, open_site_connection
 from fedmpt.edge_client.site_state import SiteState, Work, open_site_state
 from fedmpt.edge_client.trainer import (
+    Checkpoint,
     LocalUpdate,
     Progress,
     SiteData,
@@ -42,6 +43,7 @@ from fedmpt.protocol.topics import Topics
 logger = logging.getLogger(__name__)
 
 CALIBRATED = ("bias", "scale")
+CHECKPOINT_SECONDS = 1.0  # of training between two checkpoints, where epochs are shorter than that
 RESEND_SECONDS = (15.0, 300.0)  # first and longest wait for a receipt before an update is sent again
 
 
@@ -206,8 +208,16 @@ class _Client:
             data = dataclasses.replace(data, validation=data.validation[:0])
         limit, start = self.limits.seconds_per_round, time.monotonic()
 
+        saved = start
+
         def should_stop() -> bool:
             return not self._is_wanted(task) or not self._is_active()
+
+        def on_epoch(checkpoint: Checkpoint) -> None:
+            nonlocal saved
+            if time.monotonic() - saved >= CHECKPOINT_SECONDS:
+                self.files.save_checkpoint(work, checkpoint)
+                saved = time.monotonic()
 
         try:
             if opened.phase == "calibrate":
@@ -224,7 +234,7 @@ class _Client:
                     client=self.site.client,
                     seed=manifest.training.seed,
                     resume=self.files.load_checkpoint(work),
-                    on_epoch=lambda checkpoint: self.files.save_checkpoint(work, checkpoint),
+                    on_epoch=on_epoch,
                     out_of_time=lambda: limit is not None and time.monotonic() - start >= limit,
                     should_stop=should_stop,
                     progress=self.progress,

@@ -20,6 +20,7 @@ from fedmpt.protocol.topics import Topics
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.5  # how often a waiting thread looks at the clock and at its stop flag
+CONNECT_SECONDS = 15.0
 GOODBYE_SECONDS = 2.0
 
 Report = Callable[[str, Mapping[str, Any]], None]
@@ -58,7 +59,7 @@ def open_site_connection(
                 connection.acknowledge(event)
 
     with connection:
-        connection.connect()
+        connection.connect(CONNECT_SECONDS)
         listener = threading.Thread(target=listen, name="fedmpt-inbox", daemon=True)
         listener.start()
         try:
