@@ -109,11 +109,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Plot:
-    """Mean and interval over seeds of the metrics ``y`` over ``x``, one line for each value of ``by``."""
+    """Mean and interval over seeds of the metrics ``y`` over ``x``, one line for each combination of ``by``.
+
+    ``only`` leaves out runs of other variants. Fields that are neither ``x`` nor ``by`` must not differ.
+    """
 
     x: str
     y: tuple[str, ...]
-    by: str
+    by: tuple[str, ...]
+    only: str | None
 
 
 @dataclass(frozen=True)
@@ -171,7 +175,10 @@ def parse_experiment(name: str, value: Mapping[str, Any], where: str) -> Experim
         for values in itertools.product(*axes.values()):
             fields = {**shared, **dict(zip(axes, values, strict=True))}
             settings = Settings(**{key: _converted(key, item, where) for key, item in fields.items()})
-            runs.append(Run(settings, str(variant)))
+            try:
+                runs.append(Run(settings, str(variant).format(**vars(settings))))
+            except (KeyError, IndexError, ValueError) as error:
+                raise ExperimentError(f"{where}: variant = {variant!r}: {error} is no setting") from None
     varying = tuple(
         field
         for field in ("variant", *FIELDS)
@@ -179,9 +186,11 @@ def parse_experiment(name: str, value: Mapping[str, Any], where: str) -> Experim
     )
     plots = []
     for plot in value.get("plot", []):
-        _known(plot, ("x", "y", "by"), f"{where}: [[plot]]")
-        _known({plot.get("x", ""): 0, plot.get("by", ""): 0}, ("variant", *FIELDS), f"{where}: [[plot]]")
-        plots.append(Plot(plot["x"], tuple(plot.get("y", ())), plot["by"]))
+        _known(plot, ("x", "y", "by", "only"), f"{where}: [[plot]]")
+        by = plot.get("by", [])
+        by = tuple(by) if isinstance(by, list) else (by,)
+        _known((plot.get("x", ""), *by), ("variant", *FIELDS), f"{where}: [[plot]]")
+        plots.append(Plot(plot["x"], tuple(plot.get("y", ())), by, plot.get("only")))
     return Experiment(
         name,
         str(value.get("title", name)),

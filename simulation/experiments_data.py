@@ -149,6 +149,8 @@ def _scene_features(
     parts: Sequence[tuple[SceneSpecification, int]], seed: int, store: Path, bundle: Path
 ) -> FeatureCache:
     manifest = load_manifest(bundle)
+    size = manifest.clip.image_size
+    parts = [(dataclasses.replace(specification, size=size), count) for specification, count in parts]
     described = [[dataclasses.asdict(specification), count] for specification, count in parts]
     folder = store / "features" / _digest([described, seed, manifest.encoder_digest])
     if not folder.is_dir():

@@ -82,9 +82,13 @@ def summary_rows(experiment: Experiment, rows: Rows) -> list[list[str]]:
 
 def draw_plot(plot: Plot, rows: Rows) -> str:
     """One panel for each metric, as an SVG document: lines over a numeric ``x``, else points side by side."""
+    rows = [row for row in rows if plot.only in (None, row[0].variant)]
     figure, axes = _figure(len(plot.y))
     for axis, metric in zip(axes, plot.y, strict=True):
-        estimates = summarise(rows, [plot.x, plot.by], metric)
+        estimates = {
+            (x, ", ".join(map(str, names))): value
+            for (x, *names), value in summarise(rows, [plot.x, *plot.by], metric).items()
+        }
         xs = list(dict.fromkeys(x for x, _ in estimates))
         names = list(dict.fromkeys(name for _, name in estimates))
         numeric = all(isinstance(x, int | float) and not isinstance(x, bool) for x in xs)
@@ -109,8 +113,8 @@ def draw_plot(plot: Plot, rows: Rows) -> str:
         axis.set_xlabel(plot.x)
         axis.set_title(metric)
         axis.grid(alpha=0.3)
-    if plot.x != plot.by:
-        axes[-1].legend(title=plot.by, fontsize="small")
+    if len(names) > 1:
+        axes[-1].legend(title=", ".join(plot.by), fontsize="small")
     return _svg(figure)
 
 

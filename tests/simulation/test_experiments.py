@@ -20,7 +20,14 @@ from fedmpt.simulation.experiments import (
     load_experiment,
     parse_experiment,
 )
-from fedmpt.simulation.experiments_report import Rows, estimate, results_csv, summarise, write_experiment
+from fedmpt.simulation.experiments_report import (
+    Rows,
+    draw_plot,
+    estimate,
+    results_csv,
+    summarise,
+    write_experiment,
+)
 
 DOCUMENT: dict[str, Any] = {
     "title": "Strength",
@@ -48,6 +55,21 @@ def test_grids_are_products_that_are_joined() -> None:
         *(("", method, 3, seed) for method in ("coop", "zero-shot") for seed in range(3)),
         *(("long", "coop", 9, seed) for seed in range(3)),
     ]
+
+
+def test_a_variant_is_named_with_its_settings() -> None:
+    grid = [{"variant": "τ {tau:g}", "tau": [0.5, 4.0]}]
+    assert [run.variant for run in experiment(grid=grid).runs] == ["τ 0.5", "τ 4"]
+    with pytest.raises(ExperimentError, match=r"variant = '\{tua\}': 'tua' is no setting"):
+        experiment(grid=[{"variant": "{tua}"}])
+
+
+def test_a_plot_draws_one_variant_and_one_line_for_each_combination() -> None:
+    plots = [{"x": "seed", "y": ["test.mAP"], "by": ["method", "rounds"], "only": ""}]
+    svg = draw_plot(experiment(plot=plots).plots[0], rows())
+    assert "coop, 3" in svg
+    assert "zero-shot, 3" in svg
+    assert "coop, 9" not in svg
 
 
 def test_the_varying_fields_are_found() -> None:
