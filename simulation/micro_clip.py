@@ -2,7 +2,8 @@
 
 CLIP's architecture in small (112 pixels, patches of 16, width 192) learns on ``pretrain`` scenes with captions. For a
 batch of pictures and a list of captions a sigmoid loss (Zhai et al. 2023) is put on the similarity of every pair,
-once for the class token and once for the best patch, so that both align with text. The result is a folder that
+once for the class token and once for the best patch; another on every patch and label, since scenes tell what lies
+where. So class token and patches both align with text. The result is a folder that
 ``transformers.CLIPModel.from_pretrained`` loads. Same seed and thread count, same weights, also when resumed.
 """
 
@@ -24,10 +25,19 @@ from torch.nn import functional
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from fedmpt.protocol.files import atomic_path, write_atomically
-from fedmpt.simulation.micro_clip_captions import CONTEXT, attribute_captions, label_captions, truth_of
+from fedmpt.simulation.micro_clip_captions import (
+    ANCHORS,
+    CONTEXT,
+    anchor_captions,
+    anchor_of,
+    attribute_captions,
+    label_captions,
+    truth_of,
+)
 from fedmpt.simulation.micro_clip_data import TrainingSet, render_training_set
 from fedmpt.simulation.micro_clip_tokenizer import make_tokenizer
 from fedmpt.simulation.scenes import SIZE, Progress
+from fedmpt.simulation.sprites import LABELS
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own normalisation
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -38,14 +48,17 @@ CONTEXT_LENGTH = 77
 class Recipe:
     """How the micro-CLIP is trained; the defaults made the shipped weights."""
 
-    scenes: int = 100_000
-    steps: int = 3600
+    scenes: int = 60_000
+    steps: int = 3000
     batch: int = 64
     learning_rate: float = 1.5e-3
     warmup: float = 0.15  # share of the steps
     weight_decay: float = 0.05
     longest_context: int = 8  # vectors in a run of context
-    patch_weight: float = 1.0
+    captions: int = 40  # of a batch's pictures, beside one caption for every label
+    patch_weight: float = 10.0  # of the loss on single patches
+    easy_until: float = 0.2  # share of the steps on bright pictures without small objects
+    anchors_until: float = 0.5  # share of the steps over which the anchors' help fades out
     bfloat16: bool = True
     seed: int = 0
     checkpoint_every: int = 200
@@ -132,7 +145,12 @@ class Trainer:
         self.tokenizer = make_tokenizer()
         self.model = make_model(self.tokenizer, recipe.seed)
         self.biases = torch.nn.Parameter(torch.tensor([-4.0, -4.0]))  # class token, best patch
-        self.parameters = {**dict(self.model.named_parameters()), "biases": self.biases}
+        # One free vector per label, background, lighting and style. Text features start almost parallel, which
+        # teaches the pictures nothing for hundreds of steps; anchors start apart, so that pictures align with
+        # them at once and texts follow. They fade out and are thrown away.
+        self.anchors = torch.nn.Parameter(torch.randn(ANCHORS, self.model.config.projection_dim))
+        extra = {"biases": self.biases, "anchors": self.anchors}
+        self.parameters = {**dict(self.model.named_parameters()), **extra}
         decayed = [p for p in self.parameters.values() if p.ndim >= 2]
         kept = [p for p in self.parameters.values() if p.ndim < 2]
         groups = [
@@ -146,25 +164,50 @@ class Trainer:
         """One step on the batch that (seed, step) decides; returns the loss."""
         recipe = self.recipe
         generator = np.random.default_rng((recipe.seed, self.step))
-        batch = np.sort(generator.choice(len(data.pixels), recipe.batch, replace=False))
-        captions = label_captions(generator) + attribute_captions(data, batch, generator)
+        batch = self._batch(data, generator)
+        captions = label_captions(generator) + attribute_captions(data, batch[: recipe.captions], generator)
         truth = torch.from_numpy(truth_of(captions, data, batch)).float()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(recipe, self.step)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.bfloat16):
             images = image_tokens(self.model, data.pixels[batch])
             texts = text_features(self.model, self.tokenizer, [c.text for c in captions], self._runs(generator))
-        class_similarity = images[:, 0] @ texts.T
-        patch_similarity = (images[:, 1:] @ texts.T).amax(1)
-        scale = self.model.logit_scale
-        loss = pair_loss(class_similarity, truth, scale, self.biases[0])
-        loss = loss + recipe.patch_weight * pair_loss(patch_similarity, truth, scale, self.biases[1])
+        loss = self._image_loss(images, texts, truth) + self._patch_loss(images, texts, data.patch_labels[batch])
+        help_of_anchors = 1 - self.step / (recipe.anchors_until * recipe.steps)
+        if help_of_anchors > 0:
+            anchors = functional.normalize(self.anchors, dim=-1)
+            anchor_truth = torch.from_numpy(truth_of(anchor_captions(), data, batch)).float()
+            named = [(k, anchor_of(caption)) for k, caption in enumerate(captions) if anchor_of(caption) >= 0]
+            rows, targets = torch.tensor(named).T
+            nearest = self.model.logit_scale.exp() * texts[rows] @ anchors.T
+            aligned = functional.cross_entropy(nearest, targets)
+            by_anchor = self._image_loss(images, anchors, anchor_truth)
+            by_anchor = by_anchor + self._patch_loss(images, anchors, data.patch_labels[batch])
+            loss = loss + help_of_anchors * (by_anchor + 10 * aligned)
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         self.optimizer.step()
         self.step += 1
         return float(loss.detach())
+
+    def _image_loss(self, images: torch.Tensor, texts: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+        """Pair loss of the class token and of the best patch."""
+        scale = self.model.logit_scale
+        whole = pair_loss(images[:, 0] @ texts.T, truth, scale, self.biases[0])
+        return whole + pair_loss((images[:, 1:] @ texts.T).amax(1), truth, scale, self.biases[1])
+
+    def _patch_loss(self, images: torch.Tensor, texts: torch.Tensor, patch_labels: np.ndarray) -> torch.Tensor:
+        """Sigmoid loss of every patch against every label (the first texts): which object lies there."""
+        labels = torch.from_numpy(patch_labels.astype(np.int64)).flatten()
+        truth = functional.one_hot(labels + 1, len(LABELS) + 1)[:, 1:].float()
+        similarity = images[:, 1:].flatten(0, 1) @ texts[: len(LABELS)].T
+        return self.recipe.patch_weight * pair_loss(similarity, truth, self.model.logit_scale, self.biases[1])
+
+    def _batch(self, data: TrainingSet, generator: np.random.Generator) -> np.ndarray:
+        easy = self.step < self.recipe.easy_until * self.recipe.steps
+        pool = data.easy if easy else len(data.pixels)
+        return generator.choice(pool, self.recipe.batch, replace=False)
 
     def _runs(self, generator: np.random.Generator) -> Iterator[torch.Tensor]:
         """Endless runs of 0 to `longest_context` random vectors as large as the words' own embeddings."""

@@ -76,6 +76,25 @@ class Caption:
     value: int = 0
 
 
+def anchor_captions() -> list[Caption]:
+    """The single meanings: every label, background, lighting and style, without words."""
+    labels = [Caption("", (index,)) for index in range(len(LABELS))]
+    return labels + [
+        Caption("", (), kind, value) for kind in _ATTRIBUTE_ALONE for value in range(len(VALUES[kind]))
+    ]
+
+
+def anchor_of(caption: Caption) -> int:
+    """The caption's place among the single meanings, −1 if it has more than one."""
+    if caption.kind == "":
+        return caption.labels[0] if len(caption.labels) == 1 else -1
+    if caption.labels:
+        return -1
+    kinds = list(_ATTRIBUTE_ALONE)
+    before = sum(len(VALUES[kind]) for kind in kinds[: kinds.index(caption.kind)])
+    return len(LABELS) + before + caption.value
+
+
 def label_captions(generator: np.random.Generator) -> list[Caption]:
     """One caption for every label; half of them in the form of a condition prompt."""
     captions = []
@@ -147,6 +166,8 @@ ATTRIBUTE_OFFSET = {
     "pose": ATTRIBUTES.index(POSES[0]),
     "layout": ATTRIBUTES.index(LAYOUTS[0]),
 }
+
+ANCHORS = len(anchor_captions())
 
 
 def _pick(choices: tuple[str, ...], generator: np.random.Generator) -> str:

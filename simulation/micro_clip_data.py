@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from fedmpt.protocol.files import write_atomically
 from fedmpt.simulation.scenes import LAYOUTS, POSES, SCALES, SIZE, Progress, SceneSet, draw_scenes
+from fedmpt.simulation.scenes_render import LIGHTINGS
 from fedmpt.simulation.scenes_sets import pretrain_specification
 
 CHUNK = 1000
+PATCH = 16
+GRID = SIZE // PATCH
 ATTRIBUTES: tuple[str, ...] = (*SCALES, *POSES, *LAYOUTS)  # of single objects
 
 
@@ -26,6 +30,14 @@ class TrainingSet:
     background: np.ndarray  # int8 [n]
     lighting: np.ndarray  # int8 [n]
     style: np.ndarray  # int8 [n]
+    patch_labels: np.ndarray  # int8 [n, g²]: the label on top at each patch, −1 for none
+
+    @cached_property
+    def easy(self) -> np.ndarray:
+        """Indices of the pictures in daylight or at sunset that show objects, none of them small."""
+        bright = self.lighting <= list(LIGHTINGS).index("sunset")
+        small = self.attributes[..., ATTRIBUTES.index("small")].any(1)
+        return np.flatnonzero(bright & self.shown.any(1) & ~small)
 
 
 def render_training_set(folder: Path, count: int, seed: int, progress: Progress | None = None) -> TrainingSet:
@@ -44,6 +56,7 @@ def render_training_set(folder: Path, count: int, seed: int, progress: Progress 
         "pixels": (np.uint8, (SIZE, SIZE, 3)),
         "attributes": (np.bool_, (labels, 1 + len(ATTRIBUTES))),
         "factors": (np.int8, (3,)),
+        "patch_labels": (np.int8, (GRID * GRID,)),
     }
     arrays = {
         name: np.lib.format.open_memmap(folder / f"{name}.npy", mode, dtype, (count, *shape))
@@ -54,6 +67,7 @@ def render_training_set(folder: Path, count: int, seed: int, progress: Progress 
         part = slice(done, done + len(scenes))
         arrays["pixels"][part] = scenes.pixels
         arrays["attributes"][part] = object_attributes(scenes)
+        arrays["patch_labels"][part] = object_patches(scenes)
         arrays["factors"][part] = np.stack([scenes.background, scenes.lighting, scenes.style], axis=1)
         for array in arrays.values():
             array.flush()
@@ -62,7 +76,9 @@ def render_training_set(folder: Path, count: int, seed: int, progress: Progress 
         if progress is not None:
             progress(done, count)
     attributes, factors = arrays["attributes"], np.asarray(arrays["factors"])
-    return TrainingSet(arrays["pixels"], attributes[..., 0], attributes[..., 1:], *factors.T)
+    return TrainingSet(
+        arrays["pixels"], attributes[..., 0], attributes[..., 1:], *factors.T, np.asarray(arrays["patch_labels"])
+    )
 
 
 def object_attributes(scenes: SceneSet) -> np.ndarray:
@@ -75,3 +91,18 @@ def object_attributes(scenes: SceneSet) -> np.ndarray:
         table[rows["scene"], rows["label"], offset + rows[name]] = True
         offset += len(values)
     return table
+
+
+def object_patches(scenes: SceneSet) -> np.ndarray:
+    """Int8 ``[n, g²]``: at each patch the label of the topmost object whose box holds the patch's centre.
+
+    An object too small for that has the patch at its own centre.
+    """
+    table = np.full((len(scenes), GRID, GRID), -1, np.int8)
+    for row in scenes.objects:  # in the order in which they were painted
+        first = np.ceil((row["box"][:2] - PATCH / 2) / PATCH).astype(int)
+        end = np.ceil((row["box"][2:] - PATCH / 2) / PATCH).astype(int)
+        middle = (row["box"][:2] + row["box"][2:]) // 2 // PATCH
+        first, end = np.minimum(first, middle), np.maximum(end, middle + 1)
+        table[row["scene"], first[1] : end[1], first[0] : end[0]] = row["label"]
+    return table.reshape(len(scenes), GRID * GRID)
