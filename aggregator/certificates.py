@@ -169,6 +169,7 @@ topic read {base}/#
 
 pattern read {base}/manifest
 pattern read {base}/round
+pattern read {base}/status
 pattern read {base}/state/+
 pattern read {base}/receipt/%u
 pattern write {base}/update/+/%u
