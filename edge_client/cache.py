@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +15,9 @@ import numpy.typing as npt
 from fedmpt.edge_client import cache_store
 from fedmpt.edge_client.cache_store import CacheError, Entry, Meta, Store
 from fedmpt.edge_client.datasets import LabelledPhoto
-from fedmpt.edge_client.images import PhotoError, Pixels, decode_pixels, read_photo
+from fedmpt.edge_client.encoding import EncodedPhoto, Encoder, encode_photos
+from fedmpt.edge_client.images import PhotoError
 from fedmpt.edge_client.labels import UNKNOWN, Labels
-from fedmpt.edge_client.onnx_session import open_session
 from fedmpt.protocol.files import sha256_file
 from fedmpt.protocol.manifest import BundleError, BundleManifest, load_manifest
 
@@ -121,7 +117,7 @@ def build_cache(
     *,
     device: str = "auto",
     threads: int | None = None,
-    batch_size: int = 8,
+    batch_size: int = 4,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> CacheReport:
     """Encode photos into the cache at ``out``; afterwards it holds exactly these photos.
@@ -133,12 +129,13 @@ def build_cache(
         BundleError: the bundle's image encoder is missing or altered.
         CacheError: ``out`` holds another encoder's cache, another build runs, the disk is full, or not one photo
             could be read.
+        EncodingError: the encoder failed.
         SessionError: ONNX Runtime or the device cannot be had.
     """
     manifest = load_manifest(bundle)
-    encoder = bundle / manifest.graphs["image_encoder"].file
-    if not encoder.is_file() or sha256_file(encoder) != manifest.encoder_digest:
-        raise BundleError(f"{encoder}: missing or altered; copy the whole bundle folder again")
+    encoder_file = bundle / manifest.graphs["image_encoder"].file
+    if not encoder_file.is_file() or sha256_file(encoder_file) != manifest.encoder_digest:
+        raise BundleError(f"{encoder_file}: missing or altered; copy the whole bundle folder again")
     meta = Meta(
         encoder=manifest.encoder_digest,
         labels=manifest.labels,
@@ -147,17 +144,19 @@ def build_cache(
         generation=0,
         photos=None,
     )
+    workers = threads or len(os.sched_getaffinity(0))
     with cache_store.open_store(out, meta) as store:
-        session = open_session(encoder, device, threads)
-        build = _Build(store, session, batch_size)
+        encoder = Encoder(encoder_file, device, manifest.clip.image_size)
         _check_space(out, store, len(photos))
-        workers = threads or len(os.sched_getaffinity(0))
-        window = 2 * batch_size + workers
-        for done, item in enumerate(_decode(photos, manifest.clip.image_size, store, workers, window), 1):
-            build.add(item)
+        build = _Build(store)
+        if progress:
+            progress(0, len(photos))
+        done = 0
+        for items in encode_photos(photos, encoder, store, workers=workers, batch_size=batch_size):
+            build.add(items)
+            done += len(items)
             if progress:
                 progress(done, len(photos))
-        build.encode()
         if not build.view:
             reasons = "; ".join(str(error) for error in build.failed[:3]) or "the list is empty"
             raise CacheError(f"{out}: none of {len(photos)} photos could be read ({reasons})")
@@ -171,107 +170,34 @@ def build_cache(
     )
 
 
-def encode_pixels(session: Any, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float16]:
-    """Run the image encoder on uint8 RGB ``[B, S, S, 3]``; float16 ``[B, M, D]``."""
-    (tokens,) = session.run(["tokens"], {"pixels": pixels})
-    return np.asarray(tokens).astype(np.float16)
-
-
-@dataclass(frozen=True, eq=False)
-class _Item:
-    """A photo after reading: its content hash and, unless the cache has it, its pixels; or why it failed."""
-
-    photo: LabelledPhoto
-    hash: str = ""
-    pixels: Pixels | None = None
-    error: PhotoError | None = None
-
-
 class _Build:
-    """The state of one build: the batch that fills up, and the view that grows."""
+    """What a build has found so far."""
 
-    def __init__(self, store: Store, session: Any, batch_size: int) -> None:
+    def __init__(self, store: Store) -> None:
         self.view: dict[str, Entry] = {}
         self.failed: list[PhotoError] = []
         self.duplicates: list[Path] = []
         self.encoded = 0
         self._store = store
-        self._session = session
-        self._batch_size = batch_size
-        self._batch: list[_Item] = []
         self._saved = time.monotonic()
 
-    def add(self, item: _Item) -> None:
-        """Enter a photo into the view; encode when a batch is full."""
-        if item.error:
-            self.failed.append(item.error)
-            return
-        labels = item.photo.labels
-        if item.hash in self.view:
-            self.duplicates.append(item.photo.path)
-            self.view[item.hash] = Entry(
-                self.view[item.hash].path, _merge(self.view[item.hash].labels, labels)
-            )
-            return
-        self.view[item.hash] = Entry(str(item.photo.path), labels)
-        if item.pixels is not None:
-            self._batch.append(item)
-            if len(self._batch) == self._batch_size:
-                self.encode()
-
-    def encode(self) -> None:
-        """Encode and store the photos that wait."""
-        if not self._batch:
-            return
-        pixels = np.stack([item.pixels for item in self._batch if item.pixels is not None])
-        try:
-            tokens = encode_pixels(self._session, pixels)
-        except Exception as error:  # ONNX Runtime's exceptions share no base class but this
-            raise CacheError(
-                f"the image encoder failed on {len(pixels)} photos ({error}); "
-                "try a smaller --batch-size or --device cpu"
-            ) from error
-        finite = [bool(np.isfinite(photo).all()) for photo in tokens]
-        for item, sound in zip(self._batch, finite, strict=True):
-            if not sound:
-                del self.view[item.hash]
-                self.failed.append(
-                    PhotoError(item.photo.path, "the encoder gave features that are not finite")
-                )
-        hashes = [item.hash for item, sound in zip(self._batch, finite, strict=True) if sound]
-        self._store.append(hashes, tokens[finite])
-        self.encoded += len(hashes)
-        self._batch = []
+    def add(self, items: Sequence[EncodedPhoto]) -> None:
+        """Enter photos into the view and their tokens, where they are new, into the store."""
+        for item in items:
+            entry = self.view.get(item.hash)
+            if item.error:
+                self.failed.append(item.error)
+            elif entry:
+                self.duplicates.append(item.photo.path)
+                self.view[item.hash] = Entry(entry.path, _merge(entry.labels, item.photo.labels))
+            else:
+                self.view[item.hash] = Entry(str(item.photo.path), item.photo.labels)
+                if item.tokens is not None:
+                    self._store.append(item.hash, item.tokens)
+                    self.encoded += 1
         if time.monotonic() - self._saved > CHECKPOINT_SECONDS:
             self._store.checkpoint()
             self._saved = time.monotonic()
-
-
-def _decode(
-    photos: Sequence[LabelledPhoto], size: int, store: Store, workers: int, window: int
-) -> Iterator[_Item]:
-    """Read and decode photos on several threads, in order, at most ``window`` ahead (Pillow releases the GIL)."""
-
-    def read(photo: LabelledPhoto) -> _Item:
-        try:
-            data = read_photo(photo.path)
-            content = hashlib.sha256(data).hexdigest()
-            pixels = None if content in store else decode_pixels(data, size, photo.path)
-            return _Item(photo, content, pixels)
-        except PhotoError as error:
-            return _Item(photo, error=error)
-
-    waiting: deque[Future[_Item]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for photo in photos:
-                waiting.append(pool.submit(read, photo))
-                if len(waiting) > window:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def _merge(first: Labels, second: Labels) -> Labels:

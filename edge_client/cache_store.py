@@ -144,7 +144,7 @@ class Store:
         self._pending: list[Row] = []
         self._file = tokens_path(folder, meta).open("r+b" if tokens_path(folder, meta).exists() else "x+b")
 
-    def __contains__(self, content_hash: str) -> bool:
+    def __contains__(self, content_hash: object) -> bool:
         return content_hash in self._rows
 
     def __len__(self) -> int:
@@ -155,16 +155,14 @@ class Store:
         """Bytes of one photo's tokens on disk."""
         return self._meta.row_bytes
 
-    def append(self, hashes: Sequence[str], tokens: npt.NDArray[np.float16]) -> None:
-        """Write rows; they are safe from the next :meth:`checkpoint` on."""
+    def append(self, content_hash: str, tokens: npt.NDArray[np.float16]) -> None:
+        """Write a photo's tokens ``[M, D]``; they are safe from the next :meth:`checkpoint` on."""
+        data = np.ascontiguousarray(tokens, "<f2").tobytes()
         self._file.seek(self._next * self._meta.row_bytes)
-        for content_hash, row_tokens in zip(hashes, tokens, strict=True):
-            data = np.ascontiguousarray(row_tokens, "<f2").tobytes()
-            self._file.write(data)
-            row = Row(self._next, content_hash, zlib.crc32(data), None, None)
-            self._rows[content_hash] = row
-            self._pending.append(row)
-            self._next += 1
+        self._file.write(data)
+        self._rows[content_hash] = Row(self._next, content_hash, zlib.crc32(data), None, None)
+        self._pending.append(self._rows[content_hash])
+        self._next += 1
 
     def checkpoint(self) -> None:
         """Make all appended rows durable: first the tokens, then the index."""

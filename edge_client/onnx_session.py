@@ -58,8 +58,9 @@ def open_session(path: Path, device: str = "auto", threads: int | None = None) -
             str(path), options, providers=[(PROVIDERS[name], _provider_options(name)) for name in chosen]
         )
     except Exception as error:  # its exceptions share no base class but this
+        reason = " ".join(str(error).split())
         raise SessionError(
-            f"{path}: ONNX Runtime cannot open it ({error}); copy the file again, or make it anew"
+            f"{path}: ONNX Runtime cannot open it ({reason}); copy the file again, or make it anew"
         ) from error
     used = session_device(session)
     if used != chosen[0]:  # the provider's libraries did not load, and it fell back on its own
@@ -71,9 +72,9 @@ def open_session(path: Path, device: str = "auto", threads: int | None = None) -
             raise SessionError(f"--device {device}: {obstacle}")
     if obstacle and not has_nvidia_gpu():
         obstacle = "there is no NVIDIA GPU here"
-    reason = f", not on CUDA: {obstacle}" if obstacle else ""
+    remark = f", not on CUDA: {obstacle}" if obstacle else ""
     level = logging.WARNING if obstacle and has_nvidia_gpu() else logging.INFO
-    logger.log(level, "%s runs on %s%s", path.name, describe(used, count), reason)
+    logger.log(level, "%s runs on %s%s", path.name, describe(used, count), remark)
     return session
 
 

@@ -16,10 +16,10 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from fedmpt.edge_client import cache as cache_module
-from fedmpt.edge_client.cache import CacheError, build_cache, encode_pixels, open_cache
+from fedmpt.edge_client.cache import CacheError, build_cache, open_cache
 from fedmpt.edge_client.datasets import LabelledPhoto
+from fedmpt.edge_client.encoding import Encoder, EncodingError
 from fedmpt.edge_client.images import load_pixels
-from fedmpt.edge_client.onnx_session import open_session
 from fedmpt.protocol import manifest as bundles
 
 SIZE, PATCH, WIDTH, GRID = 16, 4, 8, 4
@@ -27,14 +27,16 @@ TOKENS = 1 + GRID * GRID
 LABELS = ("cat", "dog", "sofa")
 
 
-def save_encoder(path, seed):
-    """A small image encoder: each patch's mean colour times a random matrix, the class token their mean."""
+def save_encoder(path, seed, last):
+    """A small image encoder: each patch's mean colour times a random matrix, the class token their mean.
+
+    ``last`` is the operation that ends it.
+    """
     matrix = np.random.default_rng(seed).normal(size=(3, WIDTH)).astype(np.float32)
     constants = {
         "matrix": matrix,
         "shape": np.array([0, 3, GRID * GRID], np.int64),
         "axis": np.array([1], np.int64),
-        "tiny": np.float32(1e-6),
     }
     nodes = [
         helper.make_node("Cast", ["pixels"], ["float"], to=TensorProto.FLOAT),
@@ -47,7 +49,7 @@ def save_encoder(path, seed):
         helper.make_node("MatMul", ["patches", "matrix"], ["each"]),
         helper.make_node("ReduceMean", ["each", "axis"], ["class"], keepdims=1),
         helper.make_node("Concat", ["class", "each"], ["all"], axis=1),
-        helper.make_node("LpNormalization", ["all"], ["tokens"], axis=-1, p=2),
+        helper.make_node(last, ["all"], ["tokens"]),
     ]
     pixels = helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["B", SIZE, SIZE, 3])
     tokens = helper.make_tensor_value_info("tokens", TensorProto.FLOAT, ["B", TOKENS, WIDTH])
@@ -56,10 +58,10 @@ def save_encoder(path, seed):
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
 
 
-def make_bundle(folder, *, seed=0, labels=LABELS):
+def make_bundle(folder, *, seed=0, labels=LABELS, last="LpNormalization"):
     """As much of a bundle as a feature cache needs."""
     folder.mkdir()
-    save_encoder(folder / "image_encoder.onnx", seed)
+    save_encoder(folder / "image_encoder.onnx", seed, last)
     spec = bundles.TensorSpec("float32", ("B", TOKENS, WIDTH))
     manifest = bundles.BundleManifest(
         format=bundles.FORMAT,
@@ -118,9 +120,9 @@ def test_holds_every_photos_features_labels_and_content_hash(bundle, photos, tmp
     assert np.array_equal(cache.labels, [photo.labels for photo in photos])
     assert cache.tokens.shape == (21, TOKENS, WIDTH)
     assert cache.tokens.dtype == np.float16
-    session = open_session(bundle / "image_encoder.onnx", "cpu", 1)
+    encoder = Encoder(bundle / "image_encoder.onnx", "cpu", SIZE)
     for photo, tokens in zip(photos, cache.tokens, strict=True):
-        expected = encode_pixels(session, load_pixels(photo.path, SIZE)[None])[0]
+        expected = encoder(load_pixels(photo.path, SIZE)[None])[0]
         np.testing.assert_allclose(tokens, expected, atol=1e-3)
 
 
@@ -140,7 +142,7 @@ def test_two_builds_are_equal_byte_for_byte(bundle, photos, tmp_path):
 def test_progress_reaches_the_number_of_photos(bundle, photos, tmp_path):
     seen = []
     build_cache(photos, bundle, tmp_path / "cache", progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(done, 21) for done in range(1, 22)]
+    assert seen == [(0, 21), (4, 21), (8, 21), (12, 21), (16, 21), (20, 21), (21, 21)]
 
 
 def test_second_build_encodes_only_new_contents(bundle, photos, tmp_path):
@@ -220,6 +222,29 @@ def test_copies_of_one_photo_are_one_row_with_merged_labels(bundle, photos, tmp_
     assert cache.labels.tolist() == [[1, 0, -1]]
 
 
+def test_a_photo_with_features_that_are_not_finite_is_reported(photos, tmp_path):
+    bundle = make_bundle(tmp_path / "log", last="Reciprocal")  # infinite for a black photo
+    Image.new("RGB", (SIZE, SIZE)).save(photos[5].path)
+    Image.new("RGB", (SIZE, SIZE), "white").save(photos[6].path)
+    white = LabelledPhoto(photos[6].path, photos[6].labels)
+    report = build_cache([photos[5], white], bundle, tmp_path / "cache")
+    assert [str(error) for error in report.failed] == [
+        f"{photos[5].path}: the encoder gave features that are not finite"
+    ]
+    assert report.photos == 1
+
+
+def test_an_encoder_that_fails_is_an_error_with_advice(photos, tmp_path):
+    bundle = make_bundle(tmp_path / "broken")
+    manifest = bundles.load_manifest(bundle)
+    larger = dataclasses.replace(manifest, clip=dataclasses.replace(manifest.clip, image_size=2 * SIZE))
+    bundles.save_manifest(bundle, larger)
+    with pytest.raises(
+        EncodingError, match=r"failed on 4 photos .*try a smaller --batch-size or --device cpu"
+    ):
+        build_cache(photos, bundle, tmp_path / "cache")
+
+
 # ---------------------------------------------------------------- kills
 
 
@@ -261,14 +286,14 @@ def build_and_kill(photos, bundle, out, where, count):
     assert done.returncode == -9, done.stderr.decode()
 
 
-@pytest.mark.parametrize(("where", "count"), [("photo", 0), ("photo", 10), ("fsync", 0), ("fsync", 2)])
+@pytest.mark.parametrize(("where", "count"), [("photo", 0), ("photo", 2), ("fsync", 0), ("fsync", 2)])
 def test_a_killed_build_is_refused_then_resumed_to_the_same_bytes(bundle, photos, tmp_path, where, count):
     out = tmp_path / "cache"
     build_and_kill(photos, bundle, out, where, count)
     with pytest.raises(CacheError, match="half-written; run the same `fedmpt cache` again"):
         open_cache(out, bundles.load_manifest(bundle))
     report = build_cache(photos, bundle, out, batch_size=4)
-    durable = {("photo", 0): 0, ("photo", 10): 8, ("fsync", 0): 0, ("fsync", 2): 8}[where, count]
+    durable = {("photo", 0): 0, ("photo", 2): 8, ("fsync", 0): 0, ("fsync", 2): 8}[where, count]
     assert report.encoded == 21 - durable
     build_cache(photos, bundle, tmp_path / "undisturbed", batch_size=4)
     assert token_bytes(out) == token_bytes(tmp_path / "undisturbed")
