@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from fedmpt.aggregator.admission import AdmissionContext, Refused, admit
@@ -18,6 +18,7 @@ from fedmpt.aggregator.rounds import (
     following_round,
     is_overdue,
     open_round,
+    renewed_round,
     should_close,
 )
 from fedmpt.aggregator.settings import FederationSettings, manifest_message
@@ -179,7 +180,7 @@ class Federation:
                 logger.warning(
                     "round renewed", extra={"round": self.round.number, "reason": "no update came"}
                 )
-                self.round = replace(self.round, opened=None, deadline=None, chosen=())
+                self.round = renewed_round(self.round, now)
                 self._refusals.clear()
         if self.round.opened is None and not self.finished:
             opened = open_round(self.round, self.settings.rounds, self._present, now)
@@ -199,6 +200,12 @@ class Federation:
         """Every retained topic, to be published whenever the connection is made."""
         manifest = Outgoing(self.topics.manifest, to_json(self.manifest))
         return [manifest, *self._round_messages()]
+
+    def echo(self, payload: bytes) -> list[Outgoing]:
+        """What to publish after reading our own round topic: the round again, if an older one overtook it."""
+        messages = self._round_messages()
+        current = any(message.payload == payload for message in messages)
+        return [] if current else [message for message in messages if message.topic == self.topics.round]
 
     def status(self, now: float, online: bool = True) -> Status:
         """The aggregator's word on where it stands."""
@@ -254,6 +261,7 @@ class Federation:
             state=self.digest,
             deadline=self.round.deadline,
             clients=self.round.chosen,
+            edition=self.round.edition,
         )
         messages = [
             Outgoing(self.topics.state(number), self._payload),
@@ -296,7 +304,7 @@ class Federation:
                 self.settings.strategy, self.state, contributions, self._memory, calibrating=calibrating
             )
         self._payload, self.digest = encode_state(self.state), state_digest(self.state)
-        self.round = following_round(closing, self.settings.rounds)
+        self.round = following_round(closing, self.settings.rounds, now)
         self._latest_metrics = summary.metrics()
         opened = closing.opened if closing.opened is not None else now
         history: dict[str, Any] = {

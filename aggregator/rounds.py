@@ -50,13 +50,17 @@ class RoundSettings:
 
 @dataclass(frozen=True)
 class RoundState:
-    """Where the federation stands; ``opened`` is None while round ``number`` waits for clients."""
+    """Where the federation stands; ``opened`` is None while round ``number`` waits for clients.
+
+    ``edition`` grows with every change, beyond a restart and beyond a store that was begun anew (see ``edit``).
+    """
 
     number: int
     phase: str
     opened: float | None
     deadline: float | None
     chosen: tuple[str, ...]
+    edition: int = 0
 
 
 def first_round(settings: RoundSettings) -> RoundState:
@@ -64,9 +68,22 @@ def first_round(settings: RoundSettings) -> RoundState:
     return _waiting(0 if settings.calibrate else 1, settings)
 
 
-def following_round(state: RoundState, settings: RoundSettings) -> RoundState:
+def edit(before: RoundState, after: RoundState, now: float) -> RoundState:
+    """``after`` as the successor of ``before``: its edition is the time in milliseconds, or one more than before.
+
+    So editions grow though a clock is set back, and a store that is begun anew goes on above the old one.
+    """
+    return replace(after, edition=max(before.edition + 1, int(now * 1000)))
+
+
+def following_round(state: RoundState, settings: RoundSettings, now: float) -> RoundState:
     """The state after ``state``'s round has closed: the next round waits, or all is finished."""
-    return _waiting(state.number + 1, settings)
+    return edit(state, _waiting(state.number + 1, settings), now)
+
+
+def renewed_round(state: RoundState, now: float) -> RoundState:
+    """The same round waiting anew, after a deadline without any update."""
+    return edit(state, replace(state, opened=None, deadline=None, chosen=()), now)
 
 
 def open_round(
@@ -77,7 +94,7 @@ def open_round(
     if state.phase == "finished" or not chosen:
         return state
     deadline = None if settings.deadline is None else now + settings.deadline
-    return replace(state, opened=now, deadline=deadline, chosen=chosen)
+    return edit(state, replace(state, opened=now, deadline=deadline, chosen=chosen), now)
 
 
 def choose(settings: RoundSettings, number: int, present: Collection[str]) -> tuple[str, ...]:

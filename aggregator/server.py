@@ -35,7 +35,7 @@ def connect(address: BrokerAddress, federation: Federation, timeout: float | Non
     connection = Connection(
         address,
         f"fedmpt-{topics.federation}-aggregator",
-        subscriptions=(topics.all_presence, topics.all_updates),
+        subscriptions=(topics.all_presence, topics.all_updates, topics.round),
         will=(topics.status, to_json(federation.status(time.time(), online=False))),
         maximum_packet_size=max(1 << 20, 4 * limit),
     )
@@ -137,6 +137,9 @@ class _Loop:
             return self._federation.presence(client, message.payload)
         if (place := topics.round_and_client_of_update(message.topic)) is not None:
             return self._federation.receive(*place, message.payload)
+        if message.topic == topics.round:
+            self._publish(self._federation.echo(message.payload))
+            return None
         logger.warning("message ignored", extra={"topic": message.topic[:200]})
         return None
 

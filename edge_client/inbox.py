@@ -134,6 +134,8 @@ class Inbox:
         elif topic == self._topics.round:
             opened = from_json(Round, payload, topic)
             self._require_federation(opened.federation, topic)
+            if self._round is not None and opened.edition < self._round.edition:
+                return  # its successor overtook it
             self._round = opened
             self._announcements += 1
         elif topic == self._topics.receipt(self._client):

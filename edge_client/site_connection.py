@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 LOOK_SECONDS = 0.5  # how often a waiting thread looks at the clock and at its stop flag
 CONNECT_SECONDS = 15.0
 GOODBYE_SECONDS = 2.0
+PRESENCE_SECONDS = 30.0  # said again so often: a last will that came late must not hide a living client
 
 Report = Callable[[str, Mapping[str, Any]], None]
 
@@ -43,11 +45,16 @@ def open_site_connection(
     done = threading.Event()
 
     def listen() -> None:
+        connected, said = False, -PRESENCE_SECONDS
         while not done.is_set():
             try:
                 event = connection.receive(timeout=LOOK_SECONDS)
-                if isinstance(event, Connected):
+                if isinstance(event, (Connected, Disconnected)):
+                    connected, said = isinstance(event, Connected), -PRESENCE_SECONDS
+                if connected and time.monotonic() - said >= PRESENCE_SECONDS:
                     connection.publish(topic, online, retain=True)
+                    said = time.monotonic()
+                if isinstance(event, Connected):
                     report("connected", {"broker": address.url, "mqtt": event.protocol})
             except FedmptError as error:
                 inbox.fail(error)
