@@ -80,6 +80,22 @@ def recall_thresholds(
     return thresholds
 
 
+def precision_thresholds(
+    scores: Floats, labels: Labels, precision: float, default: float = 0.5
+) -> npt.NDArray[np.float64]:
+    """Per-label thresholds ``[C]``: the lowest that reach ``precision``; ``default`` without a positive.
+
+    Where none reaches it, the one with the highest precision.
+    """
+    thresholds = np.full(labels.shape[1], default)
+    for c in range(labels.shape[1]):
+        reached, _, cuts = _precision_recall(scores[:, c], labels[:, c])
+        if len(reached):
+            enough = np.flatnonzero(reached >= min(precision, reached.max()) - 1e-12)
+            thresholds[c] = _between(cuts, int(enough[-1]))
+    return thresholds
+
+
 def spurious_activation_rate(predicted: Bools, labels: Labels, pairs: Iterable[Pair]) -> float:
     """How often j is predicted where i is present and j absent, over all such photos of all pairs (i, j).
 

@@ -53,8 +53,8 @@ def model_card(info: TaggerInfo, file_name: str) -> str:
     )
 
 
-def _measured(measurement: Measurement | None, temperature: float) -> list[str]:
-    if measurement is None:
+def _measured(measurement: Measurement, temperature: float) -> list[str]:
+    if not measurement.photos:
         return [
             "Nothing was measured at export: thresholds are 0.5 and probabilities are as the federation left them. "
             "Give `fedmpt export` a validation cache to calibrate them."

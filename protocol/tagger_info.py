@@ -27,14 +27,14 @@ class TaggerError(FedmptError):
 
 @dataclass(frozen=True)
 class Measurement:
-    """Validation figures of the export; fractions between 0 and 1, None where not measured.
+    """Validation figures of the export; fractions between 0 and 1, None where not measured; no photos: none were.
 
     ``calibration_error_before`` and ``_after`` are expected calibration errors without and with the temperature;
     ``cost`` is the mean average precision lost to the reduced precision, ``reference`` against what.
     """
 
-    photos: int
-    source: str
+    photos: int = 0
+    source: str = ""
     map: float | None = None
     calibration_error_before: float | None = None
     calibration_error_after: float | None = None
@@ -66,7 +66,7 @@ class TaggerInfo:
     state_digest: str
     bundle_digest: str
     provenance: Mapping[str, str]
-    measurement: Measurement | None
+    measurement: Measurement
 
 
 def info_to_json(info: TaggerInfo) -> str:

@@ -81,7 +81,7 @@ def colour_tagger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from onnx import TensorProto, helper, numpy_helper
 
     from fedmpt.export.tagger import save_tagger
-    from fedmpt.protocol.tagger_info import FORMAT, PREPROCESSING, VERSION, TaggerInfo
+    from fedmpt.protocol.tagger_info import FORMAT, PREPROCESSING, VERSION, Measurement, TaggerInfo
 
     nodes = [
         helper.make_node("Cast", ["pixels"], ["levels"], to=TensorProto.FLOAT),
@@ -123,7 +123,7 @@ def colour_tagger(tmp_path_factory: pytest.TempPathFactory) -> Path:
         state_digest="0" * 64,
         bundle_digest="0" * 64,
         provenance={},
-        measurement=None,
+        measurement=Measurement(),
     )
     path = tmp_path_factory.mktemp("colours") / "tagger.onnx"
     save_tagger(

@@ -1,0 +1,160 @@
+"""``fedmpt export``: calibrated on validation photos, refused where it would cost too much."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fedmpt.cli import main
+from fedmpt.edge_client.cache import build_cache
+from fedmpt.edge_client.datasets import LabelledPhoto
+from fedmpt.edge_client.tagger import Tagger
+from fedmpt.protocol.codec import load_state, save_state
+from fedmpt.protocol.manifest import load_manifest
+
+
+@pytest.fixture(scope="module")
+def site(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tuned ``state.safetensors``, 24 ``photos/`` and the ``cache/`` of them.
+
+    A photo has a label where the untuned model says so more than it usually does: easy to rank, not calibrated.
+    """
+    folder = tmp_path_factory.mktemp("site")
+    manifest = load_manifest(tiny_bundle)
+    state = load_state(tiny_bundle / "state.safetensors", manifest.state)
+    save_state(folder / "state.safetensors", state, {"federation": "farm", "rounds": "7"})
+    random = np.random.default_rng(0)
+    (folder / "photos").mkdir()
+    paths = [folder / "photos" / f"{index:02}.png" for index in range(24)]
+    for path in paths:
+        cells = Image.fromarray(random.integers(0, 256, (3, 3, 3), np.uint8))
+        cells.resize((48, 48), Image.Resampling.BICUBIC).save(path)
+    export = ["export", "--bundle", str(tiny_bundle), "--state", str(folder / "state.safetensors")]
+    assert main([*export, "--out", str(folder / "plain.onnx")]) == 0
+    tagger = Tagger.load(folder / "plain.onnx", "cpu", 1)
+    found = tagger.predict(np.stack([tagger.prepare(path) for path in paths])).probabilities
+    labels = (found + random.normal(0, 0.1, found.shape) * found.std(0) > np.median(found, 0)).astype(np.int8)
+    photos = [LabelledPhoto(path, row) for path, row in zip(paths, labels, strict=True)]
+    build_cache(photos, tiny_bundle, folder / "cache", device="cpu", threads=1)
+    return folder
+
+
+@pytest.fixture
+def export(tiny_bundle: Path, site: Path, tmp_path: Path):  # type: ignore[no-untyped-def]
+    def run(*arguments: object) -> int:
+        state, out = site / "state.safetensors", tmp_path / "out" / "tagger.onnx"
+        common = ["export", "--bundle", tiny_bundle, "--state", state, "--out", out]
+        return main([str(argument) for argument in (*common, *arguments)])
+
+    return run
+
+
+def test_exports_with_provenance_and_says_that_it_is_not_calibrated(  # type: ignore[no-untyped-def]
+    export, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export() == 0
+    output = capsys.readouterr()
+    assert "4 labels, float32" in output.out
+    assert "not calibrated" in output.err
+    info = Tagger.load(tmp_path / "out" / "tagger.onnx", "cpu").info
+    assert info.provenance == {"federation": "farm", "rounds": "7"}
+    assert info.thresholds == (0.5,) * 4
+
+
+def test_validation_photos_choose_thresholds_and_temperature(export, site: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    assert export("--validation", site / "cache") == 0
+    info = Tagger.load(tmp_path / "out" / "tagger.onnx", "cpu").info
+    assert len(set(info.thresholds)) == 4
+    assert info.temperature != 1
+    assert info.measurement.photos == 24
+    assert info.measurement.map is not None
+    assert info.measurement.map > 0.9
+    assert info.measurement.calibration_error_before is not None
+    assert "On 24 photos of cache" in (tmp_path / "out" / "model-card.md").read_text()
+
+
+def test_a_wanted_precision_raises_thresholds(export, site: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    thresholds = []
+    for wanted in ("0.5", "1.0"):
+        assert export("--validation", site / "cache", "--wanted-precision", wanted) == 0
+        thresholds.append(np.array(Tagger.load(tmp_path / "out" / "tagger.onnx", "cpu").info.thresholds))
+    assert (thresholds[1] >= thresholds[0]).all()
+    assert (thresholds[1] > thresholds[0]).any()
+
+
+@pytest.mark.parametrize("precision", ["float16", "int8"])
+def test_what_a_precision_costs_is_measured_and_written(  # type: ignore[no-untyped-def]
+    export, site: Path, tmp_path: Path, precision: str
+) -> None:
+    photos = ["--photos", site / "photos"] if precision == "int8" else []
+    assert export("--validation", site / "cache", "--precision", precision, "--max-loss", 30, *photos) == 0
+    info = Tagger.load(tmp_path / "out" / "tagger.onnx", "cpu").info
+    assert info.precision == precision
+    assert info.measurement.cost is not None
+    assert info.measurement.map is not None
+    reference = float((info.measurement.reference or "").split()[0])
+    assert 100 * (info.measurement.map + info.measurement.cost) == pytest.approx(reference, abs=0.006)
+
+
+def test_a_precision_that_costs_too_much_is_refused(  # type: ignore[no-untyped-def]
+    export, site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export("--validation", site / "cache", "--precision", "float16", "--max-loss", -100) == 1
+    assert "more than --max-loss -100; nothing was written" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "tagger.onnx").exists()
+
+
+def test_photos_that_moved_cannot_be_measured(  # type: ignore[no-untyped-def]
+    export, tiny_bundle: Path, site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(site / "photos", tmp_path / "photos")
+    photos = [LabelledPhoto(path, np.ones(4, np.int8)) for path in (tmp_path / "photos").iterdir()]
+    build_cache(photos, tiny_bundle, tmp_path / "cache", device="cpu", threads=1)
+    shutil.rmtree(tmp_path / "photos")
+    assert export("--validation", tmp_path / "cache", "--precision", "float16") == 1
+    assert "none of the validation cache's photos is where it was" in capsys.readouterr().err
+
+
+def test_unreadable_photos_are_left_out_of_the_ranges(  # type: ignore[no-untyped-def]
+    export, site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(site / "photos", tmp_path / "photos")
+    (tmp_path / "photos" / "bad.png").write_text("no photo")
+    common = ["--validation", site / "cache", "--precision", "int8", "--max-loss", 100]
+    assert export(*common, "--photos", tmp_path / "photos") == 0
+    assert "left out: " in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "photos")
+    assert export(*common, "--photos", tmp_path / "photos") == 1
+    assert "no photo in it can be read" in capsys.readouterr().err
+
+
+def test_json_is_the_files_description(
+    export, site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # type: ignore[no-untyped-def]
+    assert export("--json") == 0
+    description = json.loads(capsys.readouterr().out)
+    assert description["labels"] == list(Tagger.load(tmp_path / "out" / "tagger.onnx", "cpu").info.labels)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--precision", "float16"], "needs --validation"),
+        (["--precision", "int8", "--validation", "x"], "need each other"),
+        (["--photos", "x"], "need each other"),
+        (["--wanted-precision", "0.9"], "needs --validation"),
+        (["--wanted-precision", "1.5", "--validation", "x"], "at most 1"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2(  # type: ignore[no-untyped-def]
+    export, capsys: pytest.CaptureFixture[str], arguments: list[str], complaint: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        export(*arguments)
+    assert caught.value.code == 2
+    assert complaint in capsys.readouterr().err
