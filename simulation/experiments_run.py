@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,7 @@ def perform(settings: Settings, store: Path) -> Outcome:
     measured = heterogeneity(photos.train.labels, shares)
     figures = {
         **measure(engine, simulation.state, photos, found_pairs(photos, shares)),
+        "clients.mAP": _held_out(engine, simulation.state, photos, sites),
         "divergence": measured.divergence,
         "bytes per update": simulation.bytes_per_update,
         "updates": float(sum(record["received"] for record in simulation.history)),
@@ -178,6 +179,15 @@ def measure(engine: Engine, state: State, photos: Photos, pairs: Sequence[Pair])
         }
         figures |= {f"{name}.{key}": float(value) for key, value in values.items()}
     return figures
+
+
+def _held_out(engine: Engine, state: State, photos: Photos, sites: Mapping[str, SiteData]) -> float:
+    """mAP of a state on all that the clients hold out: what a federation can choose its settings by."""
+    rows = np.concatenate([site.validation for site in sites.values()])
+    if not len(rows):
+        return float("nan")
+    logits = predict(engine, state, photos.train.tokens[rows])[1]
+    return metrics.mean_average_precision(logits, photos.train.labels[rows])
 
 
 def _curve(simulation: Simulation) -> list[float | None]:
