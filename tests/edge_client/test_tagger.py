@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,19 @@ def test_documented_examples_hold(
     result = doctest.testmod(tagger_module, optionflags=doctest.ELLIPSIS)
     assert result.attempted >= 9
     assert result.failed == 0
+
+
+def test_the_documented_use_without_this_projects_code_gives_the_same_labels(
+    colour_tagger: Path, tagger: Tagger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "tagger.md").read_text()
+    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "tagger.onnx").write_bytes(colour_tagger.read_bytes())
+    colour(30, 200, 90).save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(program, names)
+    assert names["tags"] == [label for label, _ in tagger.tag("photo.jpg")] == ["green", "blue"]
 
 
 def test_labels_reach_their_own_thresholds(tagger: Tagger) -> None:
