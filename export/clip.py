@@ -208,7 +208,8 @@ def image_tokens(
     Returns:
         ``[B, M, D]``, L2-normalised.
     """
-    scaled = (pixels.float() / 255 - torch.tensor(mean)) / torch.tensor(std)
+    dtype = weights["patch.weight"].dtype
+    scaled = (pixels.to(dtype) / 255 - torch.tensor(mean, dtype=dtype)) / torch.tensor(std, dtype=dtype)
     patches = functional.conv2d(
         scaled.permute(0, 3, 1, 2), weights["patch.weight"], stride=weights["patch.weight"].shape[-1]
     )

@@ -1,0 +1,108 @@
+"""Today's PyTorch functions and today's ONNX graphs still give the outputs that were kept with the source."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fedmpt.export import graphs, programs
+from fedmpt.export.bundle import PAPER_TRAINING
+from fedmpt.export.clip import TOKEN_KINDS, TOKEN_MODES, ClipCheckpoint, load_clip
+from fedmpt.export.methods import METHODS
+
+GOLDEN = Path(__file__).parent / "golden"
+TOLERANCE = 1e-5  # of each output's largest entry
+
+
+@pytest.fixture(scope="module")
+def clip() -> ClipCheckpoint:
+    return load_clip(str(GOLDEN / "clip"))
+
+
+@pytest.fixture(scope="module")
+def make() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_golden", GOLDEN / "make.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def read(method: str) -> tuple[dict[str, Tensor], Tensor, Tensor, dict[str, Tensor]]:
+    """State, tokens, labels and expected outputs of a golden file."""
+    tensors = load_file(GOLDEN / f"{method}.safetensors")
+    state = {
+        name.removeprefix("state."): tensors.pop(name) for name in list(tensors) if name.startswith("state.")
+    }
+    return state, tensors.pop("tokens"), tensors.pop("labels"), tensors
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert set(found) == set(expected)
+    for name, reference in expected.items():
+        difference = (found[name] - reference).abs().max()
+        assert difference <= TOLERANCE * reference.abs().max(), f"{name}: {difference:.1e}"
+
+
+def run(model: bytes, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    names = [item.name for item in session.get_outputs()]
+    feed = {item.name: inputs[item.name].numpy() for item in session.get_inputs()}
+    return {
+        name: torch.from_numpy(np.asarray(array))
+        for name, array in zip(names, session.run(names, feed), strict=True)
+    }
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_pytorch_gives_the_golden_outputs(clip: ClipCheckpoint, make: ModuleType, method: str) -> None:
+    setup, weights = make.setup_of(clip, method)
+    state, tokens, labels, expected = read(method)
+    assert_close(make.outputs_of(setup, weights, state, tokens, labels), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_onnx_runtime_gives_the_golden_outputs(clip: ClipCheckpoint, make: ModuleType, method: str) -> None:
+    setup, weights = make.setup_of(clip, method)
+    state, tokens, labels, expected = read(method)
+    training = dataclasses.replace(PAPER_TRAINING, batch_size=len(tokens))
+    found: dict[str, Tensor] = {}
+    inputs = {**state, "tokens": tokens, "labels": labels, "text": expected["text"]}
+    for model in (
+        programs.trace_train_step(setup, training, weights, state, tokens.shape[1]),
+        programs.trace_text_features(setup, weights, state),
+        programs.trace_head(setup, weights, state, tokens.shape[1]),
+    ):
+        graphs.place_weights(model, weights, None)
+        found |= run(model.SerializeToString(), inputs)
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("mode", TOKEN_MODES)
+@pytest.mark.parametrize("kind", TOKEN_KINDS)
+@torch.no_grad()
+def test_pytorch_gives_the_golden_image_tokens(clip: ClipCheckpoint, kind: str, mode: str) -> None:
+    images = load_file(GOLDEN / "image_tokens.safetensors")
+    found = programs.run_image_encoder(clip, clip.vision, images["pixels"], kind, mode)
+    assert_close({"tokens": found}, {"tokens": images[f"{kind}.{mode}"]})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", TOKEN_MODES)
+@pytest.mark.parametrize("kind", TOKEN_KINDS)
+def test_onnx_runtime_gives_the_golden_image_tokens(clip: ClipCheckpoint, kind: str, mode: str) -> None:
+    images = load_file(GOLDEN / "image_tokens.safetensors")
+    model = graphs.place_weights(programs.trace_image_encoder(clip, kind, mode), clip.vision, None)
+    found = run(model.SerializeToString(), {"pixels": images["pixels"]})
+    assert_close(found, {"tokens": images[f"{kind}.{mode}"]})
