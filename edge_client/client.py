@@ -18,20 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
+from fedmpt.edge_client.answer import answer_round
 from fedmpt.edge_client.engine import Engine
 from fedmpt.edge_client.inbox import Inbox, Task
 from fedmpt.edge_client.schedule import Window
 from fedmpt.edge_client.site_connection import LOOK_SECONDS, Report, open_site_connection
 from fedmpt.edge_client.site_state import SiteState, Work, open_site_state
-from fedmpt.edge_client.trainer import (
-    Checkpoint,
-    LocalUpdate,
-    Progress,
-    SiteData,
-    TrainingStopped,
-    calibrate,
-    train_round,
-)
+from fedmpt.edge_client.trainer import Checkpoint, Progress, SiteData, TrainingStopped
 from fedmpt.protocol.address import BrokerAddress
 from fedmpt.protocol.codec import State, Update, encode_update
 from fedmpt.protocol.connection import Connection
@@ -157,7 +150,7 @@ class _Client:
             else:
                 update = self._train(task, work)
                 if update is not None:
-                    self.files.save_update(work, self._encode(task, update))
+                    self.files.save_update(work, encode_update(update, task.manifest.encoding))
         return None
 
     def _check_manifest(self) -> None:
@@ -171,7 +164,8 @@ class _Client:
                 f"bundle is {self.site.bundle.digest[:12]}…; copy the federation's bundle folder to this site"
             )
         nothing = {name: np.zeros(_sizes(spec.shape), np.float32) for name, spec in manifest.state.items()}
-        size = len(_encode(manifest, self.site, 0, "0" * 64, LocalUpdate(nothing, 0, 0, {})))
+        update = Update(self.site.federation, 0, self.site.client, "0" * 64, 0, 0, {}, nothing)
+        size = len(encode_update(update, manifest.encoding))
         if size > manifest.limits.update_bytes:
             raise ClientError(
                 f"an update of this bundle has {size} bytes, but federation {manifest.federation} accepts "
@@ -192,7 +186,7 @@ class _Client:
             setup=hashlib.sha256(setup).hexdigest(),
         )
 
-    def _train(self, task: Task, work: Work) -> LocalUpdate | None:
+    def _train(self, task: Task, work: Work) -> Update | None:
         """The round's update; None where it was interrupted."""
         self.waiting_for = ""
         opened, manifest = task.round, task.manifest
@@ -203,9 +197,6 @@ class _Client:
                 f"version trains {', '.join(expected)}; run the same release on all sites"
             )
         self.report("training", {"round": opened.round, "phase": opened.phase})
-        engine, data = self.site.engine, self.site.data
-        if not manifest.metrics:
-            data = dataclasses.replace(data, validation=data.validation[:0])
         limit, start = self.limits.seconds_per_round, time.monotonic()
 
         saved = start
@@ -220,25 +211,20 @@ class _Client:
                 saved = time.monotonic()
 
         try:
-            if opened.phase == "calibrate":
-                update = calibrate(
-                    engine, data, task.state, manifest, should_stop=should_stop, progress=self.progress
-                )
-            else:
-                update = train_round(
-                    engine,
-                    data,
-                    task.state,
-                    manifest,
-                    round_number=opened.round,
-                    client=self.site.client,
-                    seed=manifest.training.seed,
-                    resume=self.files.load_checkpoint(work),
-                    on_epoch=on_epoch,
-                    out_of_time=lambda: limit is not None and time.monotonic() - start >= limit,
-                    should_stop=should_stop,
-                    progress=self.progress,
-                )
+            update = answer_round(
+                self.site.engine,
+                self.site.data,
+                task.state,
+                manifest,
+                phase=opened.phase,
+                round_number=opened.round,
+                client=self.site.client,
+                resume=self.files.load_checkpoint(work),
+                on_epoch=on_epoch,
+                out_of_time=lambda: limit is not None and time.monotonic() - start >= limit,
+                should_stop=should_stop,
+                progress=self.progress,
+            )
         except TrainingStopped:
             self.report("interrupted", {"round": opened.round})
             return None
@@ -254,11 +240,6 @@ class _Client:
             },
         )
         return update
-
-    def _encode(self, task: Task, update: LocalUpdate) -> bytes:
-        if not task.manifest.metrics:
-            update = dataclasses.replace(update, metrics={})
-        return _encode(task.manifest, self.site, task.round.round, task.round.state, update)
 
     def _deliver(self, task: Task, work: Work, payload: bytes) -> None:
         """Send an update until it is answered, or its round is over."""
@@ -308,22 +289,6 @@ class _Client:
             self.waiting_for = reason
             self.report("waiting", {"for": reason})
         self.inbox.wait(self.seen, LOOK_SECONDS)
-
-
-def _encode(manifest: Manifest, site: Site, round_number: int, base: str, update: LocalUpdate) -> bytes:
-    return encode_update(
-        Update(
-            federation=site.federation,
-            round=round_number,
-            client=site.client,
-            base=base,
-            samples=update.samples,
-            validation_samples=update.validation_samples,
-            metrics=update.metrics,
-            difference=update.difference,
-        ),
-        manifest.encoding,
-    )
 
 
 def _sizes(shape: tuple[int | str, ...]) -> tuple[int, ...]:

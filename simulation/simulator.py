@@ -16,9 +16,10 @@ from typing import Any
 from fedmpt.aggregator.federation import Federation
 from fedmpt.aggregator.settings import FederationSettings
 from fedmpt.aggregator.store import Store
+from fedmpt.edge_client.answer import answer_round
 from fedmpt.edge_client.engine import Engine
-from fedmpt.edge_client.trainer import LocalUpdate, SiteData, calibrate, generator, train_round
-from fedmpt.protocol.codec import State, Update, encode_update
+from fedmpt.edge_client.trainer import SiteData, generator
+from fedmpt.protocol.codec import State, encode_update
 from fedmpt.protocol.errors import FedmptError
 from fedmpt.protocol.manifest import BundleManifest
 from fedmpt.protocol.messages import Presence, to_json
@@ -98,7 +99,7 @@ def simulate(
             answered = 0
             for client in opened.chosen:
                 if not _drops_out(dropout, bundle.training.seed, client, opened.number, fruitless):
-                    payload = answer(engine, bundle, federation, client, sites[client])
+                    payload = answer(engine, federation, client, sites[client])
                     receipt = federation.receive(opened.number, client, payload)
                     if receipt is None or receipt.status not in ("accepted", "duplicate"):
                         reason = receipt.reason if receipt else "it is muted"
@@ -116,39 +117,19 @@ def simulate(
         return Simulation(federation.state, memory.history())
 
 
-def answer(
-    engine: Engine, bundle: BundleManifest, federation: Federation, client: str, data: SiteData
-) -> bytes:
+def answer(engine: Engine, federation: Federation, client: str, data: SiteData) -> bytes:
     """What a client publishes in the open round: its trained (or calibrated) update, encoded."""
-    manifest, opened = federation.manifest, federation.round
-    if not manifest.metrics:
-        data = dataclasses.replace(data, validation=data.validation[:0])
-    update: LocalUpdate
-    if opened.phase == "calibrate":
-        update = calibrate(engine, data, federation.state, manifest)
-    else:
-        update = train_round(
-            engine,
-            data,
-            federation.state,
-            manifest,
-            round_number=opened.number,
-            client=client,
-            seed=manifest.training.seed,
-        )
-    return encode_update(
-        Update(
-            federation=manifest.federation,
-            round=opened.number,
-            client=client,
-            base=federation.digest,
-            samples=update.samples,
-            validation_samples=update.validation_samples,
-            metrics=update.metrics if manifest.metrics else {},
-            difference=update.difference,
-        ),
-        manifest.encoding,
+    opened = federation.round
+    update = answer_round(
+        engine,
+        data,
+        federation.state,
+        federation.manifest,
+        phase=opened.phase,
+        round_number=opened.number,
+        client=client,
     )
+    return encode_update(update, federation.manifest.encoding)
 
 
 def _drops_out(probability: float, seed: int, client: str, round_number: int, attempt: int) -> bool:
