@@ -12,8 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,6 +38,7 @@ from fedmpt.simulation.micro_clip_captions import (
 from fedmpt.simulation.micro_clip_data import TrainingSet, render_training_set
 from fedmpt.simulation.micro_clip_tokenizer import make_tokenizer
 from fedmpt.simulation.scenes import SIZE, Progress
+from fedmpt.simulation.scenes_sets import first_pretrain_specification, pretrain_specification
 from fedmpt.simulation.sprites import LABELS
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own normalisation
@@ -45,20 +47,29 @@ CONTEXT_LENGTH = 77
 
 
 @dataclass(frozen=True)
+class Stage:
+    """One cycle of the learning rate on one set of scenes."""
+
+    steps: int
+    learning_rate: float
+    warmup: float  # share of the steps
+    patch_weight: float  # of the loss on single patches
+    easy_until: float = 0.0  # share of the steps on bright pictures without small objects
+    anchors_until: float = 0.0  # share of the steps over which the anchors' help fades out
+
+
+@dataclass(frozen=True)
 class Recipe:
     """How the micro-CLIP is trained; the defaults made the shipped weights."""
 
-    scenes: int = 60_000
-    steps: int = 3000
+    stages: tuple[Stage, ...] = (
+        Stage(3000, 1.5e-3, warmup=0.15, patch_weight=10.0, easy_until=0.2, anchors_until=0.5),
+        Stage(4800, 1.2e-3, warmup=0.05, patch_weight=4.0),
+    )
     batch: int = 64
-    learning_rate: float = 1.5e-3
-    warmup: float = 0.15  # share of the steps
+    captions: int = 40  # of a batch's pictures, beside one caption for every label
     weight_decay: float = 0.05
     longest_context: int = 8  # vectors in a run of context
-    captions: int = 40  # of a batch's pictures, beside one caption for every label
-    patch_weight: float = 10.0  # of the loss on single patches
-    easy_until: float = 0.2  # share of the steps on bright pictures without small objects
-    anchors_until: float = 0.5  # share of the steps over which the anchors' help fades out
     bfloat16: bool = True
     seed: int = 0
     checkpoint_every: int = 200
@@ -123,18 +134,20 @@ def text_features_of(model: CLIPModel, embedded: torch.Tensor, last: torch.Tenso
     return functional.normalize(model.text_projection(at_end).float(), dim=-1)
 
 
-def pair_loss(similarity: torch.Tensor, truth: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def pair_loss(
+    similarity: torch.Tensor, truth: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
     """Sigmoid loss of similarities ``[B, Q]`` against their truth, summed over captions, averaged over pictures."""
     logits = scale.exp() * similarity + bias
     return functional.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / len(similarity)
 
 
-def learning_rate(recipe: Recipe, step: int) -> float:
-    """One cycle: up linearly, down to nothing by a cosine."""
-    peak = max(1, round(recipe.warmup * recipe.steps))
+def learning_rate(stage: Stage, step: int) -> float:
+    """One cycle: up linearly, down to nothing by a cosine; `step` counts from the stage's begin."""
+    peak = max(1, round(stage.warmup * stage.steps))
     if step < peak:
-        return recipe.learning_rate * (step + 1) / peak
-    return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - peak) / max(1, recipe.steps - peak)))
+        return stage.learning_rate * (step + 1) / peak
+    return stage.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - peak) / max(1, stage.steps - peak)))
 
 
 class Trainer:
@@ -157,24 +170,40 @@ class Trainer:
             {"params": decayed, "weight_decay": recipe.weight_decay},
             {"params": kept, "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98), eps=1e-6)
-        self.step = 0
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6)
+        self.step = 0  # over all stages
+
+    def stage(self) -> tuple[int, int]:
+        """Index of the stage that the next step belongs to, and how many steps of it are done."""
+        before = 0
+        for index, stage in enumerate(self.recipe.stages):
+            if self.step < before + stage.steps:
+                return index, self.step - before
+            before += stage.steps
+        return len(self.recipe.stages), 0
 
     def train_step(self, data: TrainingSet) -> float:
-        """One step on the batch that (seed, step) decides; returns the loss."""
+        """One step on the batch of `data`, its stage's scenes, that (seed, step) decides; returns the loss."""
         recipe = self.recipe
+        index, step = self.stage()
+        stage = recipe.stages[index]
         generator = np.random.default_rng((recipe.seed, self.step))
-        batch = self._batch(data, generator)
+        pool = data.easy if step < stage.easy_until * stage.steps else len(data.pixels)
+        batch = generator.choice(pool, recipe.batch, replace=False)
         captions = label_captions(generator) + attribute_captions(data, batch[: recipe.captions], generator)
         truth = torch.from_numpy(truth_of(captions, data, batch)).float()
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, self.step)
+            group["lr"] = learning_rate(stage, step)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.bfloat16):
             images = image_tokens(self.model, data.pixels[batch])
-            texts = text_features(self.model, self.tokenizer, [c.text for c in captions], self._runs(generator))
-        loss = self._image_loss(images, texts, truth) + self._patch_loss(images, texts, data.patch_labels[batch])
-        help_of_anchors = 1 - self.step / (recipe.anchors_until * recipe.steps)
-        if help_of_anchors > 0:
+            texts = text_features(
+                self.model, self.tokenizer, [c.text for c in captions], self._runs(generator)
+            )
+        loss = self._image_loss(images, texts, truth) + self._patch_loss(
+            images, texts, data.patch_labels[batch]
+        )
+        if step < stage.anchors_until * stage.steps:
+            help_of_anchors = 1 - step / (stage.anchors_until * stage.steps)
             anchors = functional.normalize(self.anchors, dim=-1)
             anchor_truth = torch.from_numpy(truth_of(anchor_captions(), data, batch)).float()
             named = [(k, anchor_of(caption)) for k, caption in enumerate(captions) if anchor_of(caption) >= 0]
@@ -182,7 +211,8 @@ class Trainer:
             nearest = self.model.logit_scale.exp() * texts[rows] @ anchors.T
             aligned = functional.cross_entropy(nearest, targets)
             by_anchor = self._image_loss(images, anchors, anchor_truth)
-            by_anchor = by_anchor + self._patch_loss(images, anchors, data.patch_labels[batch])
+            by_patch = self._patch_loss(images, anchors, data.patch_labels[batch])
+            by_anchor = by_anchor + stage.patch_weight * by_patch
             loss = loss + help_of_anchors * (by_anchor + 10 * aligned)
         self.optimizer.zero_grad()
         loss.backward()
@@ -197,17 +227,14 @@ class Trainer:
         whole = pair_loss(images[:, 0] @ texts.T, truth, scale, self.biases[0])
         return whole + pair_loss((images[:, 1:] @ texts.T).amax(1), truth, scale, self.biases[1])
 
-    def _patch_loss(self, images: torch.Tensor, texts: torch.Tensor, patch_labels: np.ndarray) -> torch.Tensor:
+    def _patch_loss(
+        self, images: torch.Tensor, texts: torch.Tensor, patch_labels: np.ndarray
+    ) -> torch.Tensor:
         """Sigmoid loss of every patch against every label (the first texts): which object lies there."""
         labels = torch.from_numpy(patch_labels.astype(np.int64)).flatten()
         truth = functional.one_hot(labels + 1, len(LABELS) + 1)[:, 1:].float()
         similarity = images[:, 1:].flatten(0, 1) @ texts[: len(LABELS)].T
-        return self.recipe.patch_weight * pair_loss(similarity, truth, self.model.logit_scale, self.biases[1])
-
-    def _batch(self, data: TrainingSet, generator: np.random.Generator) -> np.ndarray:
-        easy = self.step < self.recipe.easy_until * self.recipe.steps
-        pool = data.easy if easy else len(data.pixels)
-        return generator.choice(pool, self.recipe.batch, replace=False)
+        return pair_loss(similarity, truth, self.model.logit_scale, self.biases[1])
 
     def _runs(self, generator: np.random.Generator) -> Iterator[torch.Tensor]:
         """Endless runs of 0 to `longest_context` random vectors as large as the words' own embeddings."""
@@ -236,7 +263,7 @@ class Trainer:
         """
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
-            if json.loads(metadata["recipe"]) != asdict(self.recipe):
+            if metadata["recipe"] != json.dumps(asdict(self.recipe)):
                 raise ValueError(f"{path} is a checkpoint of another recipe: train into another folder")
             self.step = int(metadata["step"])
             for name, parameter in self.parameters.items():
@@ -245,8 +272,13 @@ class Trainer:
                 self.optimizer.state[parameter] = {"step": torch.tensor(float(self.step)), **moments}
 
 
-def train(recipe: Recipe, data: TrainingSet, folder: Path, progress: Progress | None = None) -> CLIPModel:
-    """Train, or go on where `folder`'s checkpoint stands; write the checkpoint, the curve and the model."""
+def train(
+    recipe: Recipe, scenes: Sequence[TrainingSet], folder: Path, progress: Progress | None = None
+) -> CLIPModel:
+    """Train on one set of scenes for each stage, or go on where `folder`'s checkpoint stands.
+
+    Writes the checkpoint, the curve and, at the end, the model into `folder`.
+    """
     trainer = Trainer(recipe)
     checkpoint, curve = folder / "checkpoint.safetensors", folder / "curve.csv"
     if checkpoint.exists():
@@ -254,16 +286,17 @@ def train(recipe: Recipe, data: TrainingSet, folder: Path, progress: Progress | 
     rows = curve.read_text("utf-8").splitlines() if curve.exists() and trainer.step else ["step,loss,seconds"]
     rows = [rows[0]] + [row for row in rows[1:] if int(row.split(",")[0]) <= trainer.step]
     begun, losses = time.monotonic(), []
-    while trainer.step < recipe.steps:
-        losses.append(trainer.train_step(data))
+    total = sum(stage.steps for stage in recipe.stages)
+    while trainer.step < total:
+        losses.append(trainer.train_step(scenes[trainer.stage()[0]]))
         if trainer.step % 50 == 0:
             rows.append(f"{trainer.step},{np.mean(losses):.4f},{time.monotonic() - begun:.0f}")
             losses = []
-        if trainer.step % recipe.checkpoint_every == 0 or trainer.step == recipe.steps:
+        if trainer.step % recipe.checkpoint_every == 0 or trainer.step == total:
             trainer.save(checkpoint)
             write_atomically(curve, "\n".join(rows) + "\n")
         if progress is not None:
-            progress(trainer.step, recipe.steps)
+            progress(trainer.step, total)
     save_model(trainer.model, trainer.tokenizer, folder / "micro-clip")
     return trainer.model
 
@@ -275,25 +308,39 @@ def save_model(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None
     half.load_state_dict(model.state_dict())
     half.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    tokenizer.backend_tokenizer.model.save(str(folder))  # vocab.json and merges.txt, which older readers want
     CLIPImageProcessor(
-        size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}, image_mean=MEAN, image_std=STD
+        size={"shortest_edge": SIZE},
+        crop_size={"height": SIZE, "width": SIZE},
+        image_mean=MEAN,
+        image_std=STD,
     ).save_pretrained(folder)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Render the training set, train, write the model."""
+    """Render the scenes of both stages, train, write the model."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder of scenes, checkpoint, curve and model")
-    parser.add_argument("--scenes", type=Path, help="folder of the training set, if not under --out")
-    parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of scenes, checkpoint, curve and model"
+    )
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
-    recipe = Recipe(steps=arguments.steps, seed=arguments.seed)
-    data = render_training_set(arguments.scenes or arguments.out / "scenes", recipe.scenes, seed=0)
-    train(recipe, data, arguments.out)
+    out: Path = arguments.out
+    first = render_training_set(
+        out / "scenes-1", first_pretrain_specification(), 60_000, 0, _shown("scenes 1")
+    )
+    second = render_training_set(out / "scenes-2", pretrain_specification(), 80_000, 1, _shown("scenes 2"))
+    train(Recipe(seed=arguments.seed), (first, second), out, _shown("training"))
     return 0
+
+
+def _shown(what: str) -> Progress | None:
+    """A line on stderr that counts, where that is a terminal."""
+    if not sys.stderr.isatty():
+        return None
+    return lambda done, total: print(f"\r{what}: {done}/{total}", end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -145,7 +145,9 @@ def truth_of(captions: list[Caption], data: TrainingSet, batch: np.ndarray) -> n
         for label in caption.labels:
             table[:, column] &= shown[:, label]
         if caption.kind in ATTRIBUTE_OFFSET:
-            table[:, column] &= attributes[:, caption.labels[0], ATTRIBUTE_OFFSET[caption.kind] + caption.value]
+            table[:, column] &= attributes[
+                :, caption.labels[0], ATTRIBUTE_OFFSET[caption.kind] + caption.value
+            ]
         elif caption.kind:
             table[:, column] &= getattr(data, caption.kind)[batch] == caption.value
     return table
@@ -172,5 +174,3 @@ ANCHORS = len(anchor_captions())
 
 def _pick(choices: tuple[str, ...], generator: np.random.Generator) -> str:
     return choices[int(generator.integers(len(choices)))]
-
-

@@ -10,9 +10,17 @@ from pathlib import Path
 import numpy as np
 
 from fedmpt.protocol.files import write_atomically
-from fedmpt.simulation.scenes import LAYOUTS, POSES, SCALES, SIZE, Progress, SceneSet, draw_scenes
+from fedmpt.simulation.scenes import (
+    LAYOUTS,
+    POSES,
+    SCALES,
+    SIZE,
+    Progress,
+    SceneSet,
+    SceneSpecification,
+    draw_scenes,
+)
 from fedmpt.simulation.scenes_render import LIGHTINGS
-from fedmpt.simulation.scenes_sets import pretrain_specification
 
 CHUNK = 1000
 PATCH = 16
@@ -40,10 +48,11 @@ class TrainingSet:
         return np.flatnonzero(bright & self.shown.any(1) & ~small)
 
 
-def render_training_set(folder: Path, count: int, seed: int, progress: Progress | None = None) -> TrainingSet:
-    """Draw the ``pretrain`` set into `folder`, or open what lies there already; goes on after an interruption."""
+def render_training_set(
+    folder: Path, specification: SceneSpecification, count: int, seed: int, progress: Progress | None = None
+) -> TrainingSet:
+    """Draw `count` pictures into `folder`, or open what lies there already; goes on after an interruption."""
     folder.mkdir(parents=True, exist_ok=True)
-    specification = pretrain_specification()
     done_file = folder / "done.json"
     identity = {"count": count, "seed": seed, "specification": repr(specification)}
     done = 0
@@ -77,7 +86,11 @@ def render_training_set(folder: Path, count: int, seed: int, progress: Progress 
             progress(done, count)
     attributes, factors = arrays["attributes"], np.asarray(arrays["factors"])
     return TrainingSet(
-        arrays["pixels"], attributes[..., 0], attributes[..., 1:], *factors.T, np.asarray(arrays["patch_labels"])
+        arrays["pixels"],
+        attributes[..., 0],
+        attributes[..., 1:],
+        *factors.T,
+        np.asarray(arrays["patch_labels"]),
     )
 
 

@@ -56,7 +56,9 @@ def mean_average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
     return float(np.mean(values))
 
 
-def zero_shot(model: CLIPModel, tokenizer: CLIPTokenizer, scenes: SceneSet, tokens: torch.Tensor) -> dict[str, float]:
+def zero_shot(
+    model: CLIPModel, tokenizer: CLIPTokenizer, scenes: SceneSet, tokens: torch.Tensor
+) -> dict[str, float]:
     """mAP of ``a photo of a {label}.`` with each of the two similarities."""
     with torch.no_grad():
         text = text_features(model, tokenizer, [PROMPT.format(name) for name in scenes.specification.labels])
@@ -64,7 +66,9 @@ def zero_shot(model: CLIPModel, tokenizer: CLIPTokenizer, scenes: SceneSet, toke
     return {name: mean_average_precision(scores.numpy(), scenes.truth) for name, scores in found.items()}
 
 
-def pointing(model: CLIPModel, tokenizer: CLIPTokenizer, scenes: SceneSet, tokens: torch.Tensor) -> dict[str, float]:
+def pointing(
+    model: CLIPModel, tokenizer: CLIPTokenizer, scenes: SceneSet, tokens: torch.Tensor
+) -> dict[str, float]:
     """Of all shown labels: is the best patch's centre in a box of theirs, does the patch touch one."""
     with torch.no_grad():
         text = text_features(model, tokenizer, [PROMPT.format(name) for name in scenes.specification.labels])
@@ -90,7 +94,9 @@ def _box_share(rows: np.ndarray) -> float:
 
 
 @torch.no_grad()
-def background_retrieval(model: CLIPModel, tokenizer: CLIPTokenizer, scenes: SceneSet, tokens: torch.Tensor) -> float:
+def background_retrieval(
+    model: CLIPModel, tokenizer: CLIPTokenizer, scenes: SceneSet, tokens: torch.Tensor
+) -> float:
     """Share of pictures (with an object) whose own background ranks first among all in a caption that names both."""
     labels = scenes.specification.labels
     forms = "a photo of a {} with {} in the background."
@@ -134,7 +140,9 @@ def tune(
         ) -> torch.Tensor:
             if method == "coop":
                 return similarities(tokens, prompt_features(model, tokenizer, context, names))[pooling]
-            moved = functional.normalize(tokens + functional.linear(functional.linear(tokens, down), up), dim=-1)
+            moved = functional.normalize(
+                tokens + functional.linear(functional.linear(tokens, down), up), dim=-1
+            )
             return similarities(moved, fixed)[pooling]
 
         trained = [context] if method == "coop" else [down, up]
@@ -186,7 +194,9 @@ def prompt_features(
     return text_features_of(model, torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), last)
 
 
-def evaluate(model: CLIPModel, tokenizer: CLIPTokenizer, *, seeds: int = 3, scenes: int = 1000) -> dict[str, object]:
+def evaluate(
+    model: CLIPModel, tokenizer: CLIPTokenizer, *, seeds: int = 3, scenes: int = 1000
+) -> dict[str, object]:
     """All figures; the federation's are over `seeds` federations, training runs and fresh pictures."""
     spec = SceneSpecification(marginals=(0.05,) * len(LABELS))
     in_style = draw_scenes(spec, scenes, seed=900_001)

@@ -2,34 +2,55 @@
 
 from __future__ import annotations
 
-import json
+import re
+from collections import Counter
+from itertools import pairwise
 
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
 
 from fedmpt.simulation.micro_clip_captions import all_sentences
 
-VOCABULARY = 1024  # at most; the captions hold fewer merges worth having
 CONTEXT_LENGTH = 77
+_END = "</w>"
 
 
 def make_tokenizer() -> CLIPTokenizer:
     """Learn the merges; ids in CLIP's order: bytes, bytes that end a word, merges, start of text, end of text."""
-    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    learner.normalizer = normalizers.Lowercase()
-    learner.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.WhitespaceSplit(),
-            pre_tokenizers.Punctuation(),
-        ]
-    )
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, end_of_word_suffix="</w>", show_progress=False, min_frequency=1
-    )
-    learner.train_from_iterator(all_sentences(), trainer)
-    merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = alphabet + [letter + "</w>" for letter in alphabet] + ["".join(merge) for merge in merges]
-    words = list(dict.fromkeys(words))
-    ids = {word: index for index, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
+    words = Counter(re.findall(r"[a-z]+|[^\sa-z]+", " ".join(all_sentences()).lower()))
+    merges = learn_merges(words)
+    letters = sorted(ByteLevel.alphabet())
+    tokens = letters + [letter + _END for letter in letters] + ["".join(merge) for merge in merges]
+    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
+    ids = {token: index for index, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=CONTEXT_LENGTH)
+
+
+def learn_merges(words: Counter[str]) -> list[tuple[str, str]]:
+    """Byte-pair encoding (Sennrich et al. 2016) until every word is one token.
+
+    Own code because the `tokenizers` trainer breaks ties between equally frequent pairs differently in every process;
+    here the alphabetically first pair goes first.
+    """
+    spelled = {word: (*word[:-1], word[-1] + _END) for word in words}
+    merges = []
+    while True:
+        pairs: Counter[tuple[str, str]] = Counter()
+        for word, parts in spelled.items():
+            for pair in pairwise(parts):
+                pairs[pair] += words[word]
+        if not pairs:
+            return merges
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        spelled = {word: _merge(parts, best) for word, parts in spelled.items()}
+
+
+def _merge(parts: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
+    merged: list[str] = []
+    for part in parts:
+        if merged and (merged[-1], part) == pair:
+            merged[-1] += part
+        else:
+            merged.append(part)
+    return tuple(merged)

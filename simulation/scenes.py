@@ -72,9 +72,16 @@ class SceneSpecification:
     links: tuple[LabelLink, ...] = ()
     condition_links: tuple[ConditionLink, ...] = ()
     backgrounds: Weights = field(default_factory=lambda: _uniform(BACKGROUNDS))
-    lightings: Weights = field(default_factory=lambda: _uniform(LIGHTINGS))
+    lightings: Weights = (
+        ("daylight", 0.4),
+        ("sunset", 0.16),
+        ("night", 0.11),
+        ("fog", 0.11),
+        ("rain", 0.11),
+        ("snowfall", 0.11),
+    )
     styles: Weights = (("rendered", 1.0), ("glossy", 1.0))
-    scales: Weights = (("small", 0.3), ("medium", 0.45), ("large", 0.25))
+    scales: Weights = (("small", 0.2), ("medium", 0.5), ("large", 0.3))
     distractors: float = 0.0
     missing: float = 0.0
     claimed: float = 0.0

@@ -80,7 +80,9 @@ def unpack_demo(folder: Path, pack: Path = PACK) -> Path:
     :raises SceneError: the pack is missing or damaged
     """
     if not pack.exists():
-        raise SceneError(f"{pack} is missing: reinstall the package, or run python -m fedmpt.simulation.scenes_pack")
+        raise SceneError(
+            f"{pack} is missing: reinstall the package, or run python -m fedmpt.simulation.scenes_pack"
+        )
     expected = json.loads(pack.with_suffix(".json").read_text("utf-8"))["sha256"]
     if sha256_file(pack) != expected:
         raise SceneError(f"{pack} is damaged (its SHA-256 is not {expected}): reinstall the package")

@@ -7,7 +7,15 @@ import pytest
 import torch
 from transformers import CLIPModel, CLIPProcessor
 
-from fedmpt.simulation.micro_clip import Recipe, Trainer, image_tokens, save_model, text_features, train
+from fedmpt.simulation.micro_clip import (
+    Recipe,
+    Stage,
+    Trainer,
+    image_tokens,
+    save_model,
+    text_features,
+    train,
+)
 from fedmpt.simulation.micro_clip_captions import (
     LABELS,
     attribute_captions,
@@ -25,13 +33,20 @@ from fedmpt.simulation.micro_clip_evaluation import (
 )
 from fedmpt.simulation.micro_clip_tokenizer import make_tokenizer
 from fedmpt.simulation.scenes import SceneSpecification, draw_scenes
+from fedmpt.simulation.scenes_sets import pretrain_specification
 
-TINY = Recipe(scenes=48, steps=6, batch=8, learning_rate=1e-3, warmup=0.0, checkpoint_every=3)
+COUNT = 48
+TINY = Recipe(
+    stages=(Stage(3, 1e-3, 0.0, 10.0, easy_until=0.3, anchors_until=0.7), Stage(3, 1e-3, 0.0, 4.0)),
+    batch=4,
+    captions=4,
+    checkpoint_every=3,
+)
 
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
-    return render_training_set(tmp_path_factory.mktemp("scenes"), TINY.scenes, 0)
+    return render_training_set(tmp_path_factory.mktemp("scenes"), pretrain_specification(), COUNT, 0)
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +62,11 @@ def test_the_training_set_goes_on_where_it_was_interrupted(tmp_path, monkeypatch
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        render_training_set(tmp_path, TINY.scenes, 0, interrupt)
+        render_training_set(tmp_path, pretrain_specification(), COUNT, 0, interrupt)
     begun = []
-    resumed = render_training_set(tmp_path, TINY.scenes, 0, lambda done, total: begun.append(done))
+    resumed = render_training_set(
+        tmp_path, pretrain_specification(), COUNT, 0, lambda done, total: begun.append(done)
+    )
     assert begun == [48]
     assert np.array_equal(resumed.pixels, scenes.pixels)
     assert np.array_equal(resumed.attributes, scenes.attributes)
@@ -84,22 +101,22 @@ def test_the_vocabulary_is_laid_out_like_clips_own():
 
 def test_a_few_steps_reduce_the_loss(scenes):
     torch.set_num_threads(1)
-    trainer = Trainer(replace(TINY, steps=12))
+    trainer = Trainer(replace(TINY, stages=(Stage(12, 1e-3, 0.0, 10.0),)))
     losses = [trainer.train_step(scenes) for _ in range(12)]
     assert np.mean(losses[-3:]) < 0.9 * np.mean(losses[:3])
 
 
 def test_a_resumed_training_ends_at_the_same_bits(tmp_path, scenes):
     torch.set_num_threads(1)
-    whole = train(TINY, scenes, tmp_path / "whole")
+    whole = train(TINY, (scenes, scenes), tmp_path / "whole")
 
     def interrupt(done, total):
         if done == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(TINY, scenes, tmp_path / "parts", interrupt)
-    resumed = train(TINY, scenes, tmp_path / "parts")
+        train(TINY, (scenes, scenes), tmp_path / "parts", interrupt)
+    resumed = train(TINY, (scenes, scenes), tmp_path / "parts")
     for name, weight in whole.state_dict().items():
         assert torch.equal(weight, resumed.state_dict()[name]), name
 
@@ -107,14 +124,17 @@ def test_a_resumed_training_ends_at_the_same_bits(tmp_path, scenes):
 def test_a_checkpoint_of_another_recipe_is_refused(tmp_path, scenes):
     Trainer(TINY).save(tmp_path / "checkpoint.safetensors")
     with pytest.raises(ValueError, match="another recipe: train into another folder"):
-        train(replace(TINY, steps=7), scenes, tmp_path)
+        train(replace(TINY, seed=7), (scenes, scenes), tmp_path)
 
 
 def test_a_saved_model_loads_as_any_clip_and_says_the_same(tmp_path):
     trainer = Trainer(TINY)
     model, tokenizer = trainer.model.eval(), trainer.tokenizer
     save_model(model, tokenizer, tmp_path)
-    loaded, processor = CLIPModel.from_pretrained(tmp_path, dtype=torch.float32), CLIPProcessor.from_pretrained(tmp_path)
+    loaded, processor = (
+        CLIPModel.from_pretrained(tmp_path, dtype=torch.float32),
+        CLIPProcessor.from_pretrained(tmp_path),
+    )
     pixels = np.random.default_rng(0).integers(0, 256, (2, 112, 112, 3), np.uint8)
     texts = ["a photo of a cat.", "a photo of a dining table in fog."]
     with torch.no_grad():

@@ -63,7 +63,11 @@ def test_a_link_plants_the_co_occurrence_it_states():
 
 
 def test_links_may_form_chains():
-    links = (LabelLink("dog", "sofa", 1.0, 0.0), LabelLink("chair", "dog", 1.0, 0.0), LabelLink("cat", "chair", 1.0, 0.0))
+    links = (
+        LabelLink("dog", "sofa", 1.0, 0.0),
+        LabelLink("chair", "dog", 1.0, 0.0),
+        LabelLink("cat", "chair", 1.0, 0.0),
+    )
     truth = draw_scenes(replace(PETS, links=links), 50, 5).truth
     assert 0 < truth[:, 0].sum() < 50
     assert (truth == truth[:, :1]).all()
@@ -137,7 +141,10 @@ def test_distractors_are_objects_without_labels():
             {"links": (LabelLink("cat", "dog", 0.9, 0.1), LabelLink("dog", "cat", 0.9, 0.1))},
             "form a circle among cat, dog",
         ),
-        ({"condition_links": (ConditionLink("cat", "weather", "fog", 1.0),)}, "names 'weather': use background"),
+        (
+            {"condition_links": (ConditionLink("cat", "weather", "fog", 1.0),)},
+            "names 'weather': use background",
+        ),
         ({"styles": (("oil", 1.0),)}, "no 'oil': choose from rendered"),
         ({"styles": (("flat", 0.0),)}, "adds up to nothing"),
         ({"size": 8}, "too small"),
