@@ -133,6 +133,8 @@ def build_cache(
         SessionError: ONNX Runtime or the device cannot be had.
     """
     manifest = load_manifest(bundle)
+    if any(photo.labels.shape != (len(manifest.labels),) for photo in photos):
+        raise CacheError(f"{bundle}: has {len(manifest.labels)} labels, the photos were read with others")
     encoder_file = bundle / manifest.graphs["image_encoder"].file
     if not encoder_file.is_file() or sha256_file(encoder_file) != manifest.encoder_digest:
         raise BundleError(f"{encoder_file}: missing or altered; copy the whole bundle folder again")

@@ -337,6 +337,12 @@ def test_other_labels_are_refused_until_the_cache_is_built_with_them(bundle, pho
     open_cache(tmp_path / "cache", manifest)
 
 
+def test_photos_that_were_read_with_other_labels_are_refused(bundle, photos, tmp_path):
+    photos[3] = dataclasses.replace(photos[3], labels=np.zeros(4, np.int8))
+    with pytest.raises(CacheError, match="has 3 labels, the photos were read with others"):
+        build_cache(photos, bundle, tmp_path / "cache")
+
+
 def test_an_altered_encoder_is_refused(bundle, photos, tmp_path):
     with (bundle / "image_encoder.onnx").open("ab") as file:
         file.write(b"\0")

@@ -1,11 +1,15 @@
 """Readers of labels.csv, COCO and VOC: what becomes present, absent, unknown; and what is refused."""
 
+import contextlib
 import json
 import os
+import tempfile
 import unicodedata
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fedmpt.edge_client import datasets
 from fedmpt.edge_client.datasets import DatasetError, read_coco, read_folder, read_selection, read_voc
@@ -249,6 +253,35 @@ def test_deeply_nested_xml_does_no_harm(tmp_path):
 def test_a_folder_without_annotations_is_refused(tmp_path):
     with pytest.raises(DatasetError, match=r"no Annotations/\*\.xml; give the folder that holds"):
         read_voc(tmp_path, RULES)
+
+
+# ---------------------------------------------------------- hostile content
+
+
+@given(st.one_of(st.text(max_size=200).map(str.encode), st.binary(max_size=200)), st.integers(0, 40))
+@settings(max_examples=100, deadline=None)
+def test_any_content_is_read_or_refused(content, offset):
+    """Bytes in place of, or in the midst of, sound annotations raise nothing but the declared errors."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        voc(folder, a=[("cat", 0)])
+        sound = {
+            "labels.csv": (b"path,labels,unknown\na.jpg,cat,dog\n", lambda: read_folder(folder, RULES)),
+            "instances.json": (
+                coco(folder).read_bytes(),
+                lambda: read_coco(folder / "instances.json", folder, RULES),
+            ),
+            "Annotations/a.xml": (
+                (folder / "Annotations" / "a.xml").read_bytes(),
+                lambda: read_voc(folder, RULES),
+            ),
+            "split.txt": (b"a\n", lambda: read_selection(folder / "split.txt")),
+        }
+        for file, (whole, read) in sound.items():
+            for data in (content, whole[:offset] + content + whole[offset:]):
+                (folder / file).write_bytes(data)
+                with contextlib.suppress(DatasetError, LabelError):
+                    read()
 
 
 # -------------------------------------------------------------------- splits

@@ -1,5 +1,6 @@
 """Photos become the pixels that CLIP's own Pillow preprocessing makes, and bad ones a PhotoError each."""
 
+import contextlib
 import io
 import os
 import struct
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from fedmpt.edge_client.images import PhotoError, decode_pixels, load_pixels
@@ -176,6 +179,21 @@ def test_bad_content_is_a_photo_error_that_names_file_and_reason(tmp_path, data,
         load_pixels(path, SIZE)
     assert str(caught.value).startswith(f"{path}: ")
     assert caught.value.path == path
+
+
+@given(
+    st.sampled_from(["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "AVIF", "JPEG2000"]),
+    st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), max_size=8),
+    st.integers(0, 2**16),
+)
+@settings(max_examples=150, deadline=None)
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of much that is wrong
+def test_any_damage_is_survived_or_a_photo_error(kind, changes, end):
+    data = bytearray(encoded(picture(width=30, height=21), kind))
+    for position, value in changes:
+        data[position % len(data)] = value
+    with contextlib.suppress(PhotoError):
+        assert decode_pixels(bytes(data[: end or None]), 8, "photo").shape == (8, 8, 3)
 
 
 def test_pixel_limit_holds_below_pillows_own_error(tmp_path):
