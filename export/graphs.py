@@ -37,7 +37,8 @@ def trace_step(function: Function, weights: Tensors, inputs: Tensors) -> ModelPr
     ``make_fx`` runs the function once, backward pass and all, and records every operation.
     """
     flat, examples, names, results = _flatten(function, weights, inputs)
-    module = make_fx(flat)(*examples)
+    with _quiet():
+        module = make_fx(flat)(*examples)
     return _export(module, examples, names, results, None)
 
 
@@ -85,8 +86,7 @@ def _export(
     results: list[str],
     shapes: tuple[object, ...] | None,
 ) -> ModelProto:
-    with warnings.catch_warnings(), _quiet("torch.onnx"):
-        warnings.simplefilter("ignore")  # the exporter warns of its own internals
+    with _quiet():
         program = torch.onnx.export(
             module.eval(),
             examples,
@@ -186,11 +186,16 @@ def describe(values: Sequence[onnx.ValueInfoProto]) -> dict[str, TensorSpec]:
 
 
 @contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's warnings and PyTorch's trace log, thousands of records, from the program's handlers."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.__trace")]
+    before = [logger.disabled for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter warns of its own internals
+        try:
+            for logger in loggers:
+                logger.disabled = True
+            yield
+        finally:
+            for logger, disabled in zip(loggers, before, strict=True):
+                logger.disabled = disabled

@@ -20,7 +20,7 @@ from fedmpt.export.clip import TOKEN_KINDS, TOKEN_MODES, ClipCheckpoint, load_cl
 from fedmpt.export.methods import METHODS
 
 GOLDEN = Path(__file__).parent / "golden"
-TOLERANCE = 1e-5  # of each output's largest entry
+TOLERANCE = 1e-5  # of each output's largest entry, or of 0.001 where a sum cancels
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert set(found) == set(expected)
     for name, reference in expected.items():
         difference = (found[name] - reference).abs().max()
-        assert difference <= TOLERANCE * reference.abs().max(), f"{name}: {difference:.1e}"
+        assert difference <= TOLERANCE * max(float(reference.abs().max()), 1e-3), f"{name}: {difference:.1e}"
 
 
 def run(model: bytes, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
