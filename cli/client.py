@@ -134,6 +134,7 @@ class _Reporter:
         self._as_json = as_json
         self._bar = contextlib.ExitStack()
         self._callback: Any = None
+        self._lock = threading.Lock()
 
     def __enter__(self) -> _Reporter:
         return self
@@ -146,7 +147,8 @@ class _Reporter:
             self._callback = None
             self._bar.close()
         if self._as_json:
-            print(json.dumps({"event": event, **facts}, ensure_ascii=False), flush=True)
+            with self._lock:  # the network's thread reports too, and print writes a line in two parts
+                print(json.dumps({"event": event, **facts}, ensure_ascii=False), flush=True)
         else:
             logger.info(event, extra={name: value for name, value in facts.items() if value != ""})
 

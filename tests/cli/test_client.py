@@ -15,11 +15,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fedmpt.aggregator.rounds import RoundSettings
+from fedmpt.aggregator.settings import FederationSettings
+from fedmpt.aggregator.strategies import StrategySettings
 from fedmpt.cli import main
-from fedmpt.edge_client.cache import build_cache
+from fedmpt.edge_client.cache import build_cache, open_cache
 from fedmpt.edge_client.datasets import LabelledPhoto
+from fedmpt.edge_client.engine import open_engine
+from fedmpt.edge_client.trainer import SiteData
 from fedmpt.protocol.codec import load_provenance, load_state
 from fedmpt.protocol.manifest import load_manifest, save_manifest
+from fedmpt.simulation.simulator import simulate
 
 PATIENCE = 120
 SITES = ("site-a", "site-b")
@@ -127,7 +133,7 @@ def _free_port():
 
 @pytest.mark.slow
 def test_a_killed_client_and_a_restarted_broker_do_not_change_one_bit_of_the_result(
-    federation, mosquitto, bundle
+    federation, mosquitto, bundle, caches
 ):
     calm = federation("calm", f"mqtt://127.0.0.1:{_free_port()}")
     calm.start_aggregator("--embedded")
@@ -150,9 +156,11 @@ def test_a_killed_client_and_a_restarted_broker_do_not_change_one_bit_of_the_res
     mosquitto.start()
 
     assert rough.finish() == undisturbed
+    simulated = _simulate(bundle, caches)
     final = load_state(rough.folder / "final.safetensors", load_manifest(bundle).state)
     initial = load_state(bundle / "state.safetensors", load_manifest(bundle).state)
     assert any(not np.array_equal(final[name], initial[name]) for name in final)
+    assert all(np.array_equal(final[name], simulated[name]) for name in final)
     for name in SITES:
         saved = load_state(rough.folder / f"{name}.safetensors", load_manifest(bundle).state)
         assert all(np.array_equal(saved[key], final[key]) for key in final)
@@ -160,6 +168,20 @@ def test_a_killed_client_and_a_restarted_broker_do_not_change_one_bit_of_the_res
     resumed = [event["event"] for event in rough.events("site-a")]
     assert resumed.count("connected") >= 2
     assert resumed[-2:] == ["finished", "saved"]
+
+
+def _simulate(bundle, caches):
+    """The same federation in this process."""
+    manifest = load_manifest(bundle)
+    sites = {}
+    for name in SITES:
+        cache = open_cache(caches / name, manifest)
+        sites[name] = SiteData(cache.tokens, cache.labels, *cache.split())
+    rounds = RoundSettings(manifest.training.rounds, manifest.training.calibrate, clients_min=len(sites))
+    settings = FederationSettings("birds", rounds, StrategySettings())
+    engine = open_engine(bundle, "onnx", "cpu", threads=1)
+    initial = load_state(bundle / "state.safetensors", manifest.state)
+    return simulate(engine, manifest, initial, sites, settings).state
 
 
 @pytest.mark.slow
