@@ -40,7 +40,7 @@ probabilities are chosen and measured. Never give the test set: thresholds that 
 float16 and int8 are smaller, and faster where the device has arithmetic for them. What they cost is measured on the
 photos of the validation cache, and nothing is written if it is more than --max-loss."""
 
-MAXIMUM_LOSS = {"float16": 0.3, "int8": 1.0}  # points of mean average precision
+MAXIMUM_LOSS = {"float32": 0.0, "float16": 0.3, "int8": 1.0}  # points of mean average precision
 RANGE_PHOTOS = 64  # enough for the ranges of activations
 BATCH_SIZE = 8
 
@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.validation:
         validation = open_cache(arguments.validation, manifest)
         calibration, measurement = _calibrate(arguments, manifest, state, validation)
-        limit = MAXIMUM_LOSS.get(arguments.precision) if arguments.max_loss is None else arguments.max_loss
+        limit = MAXIMUM_LOSS[arguments.precision] if arguments.max_loss is None else arguments.max_loss
         compare = functools.partial(
             _measure_cost,
             validation=validation,

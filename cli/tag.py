@@ -80,6 +80,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Tag what was asked for; 1 if any photo failed."""
     if bool(arguments.photos) == arguments.serve:
         arguments.usage_error("give photos to tag, or --serve")
+    if arguments.journal and arguments.format != "xmp" and not arguments.out:
+        arguments.usage_error("--journal needs --out: results on standard output cannot be continued")
     if arguments.out and arguments.format == "xmp":
         arguments.usage_error("--format xmp writes sidecars beside the photos; --out is for json and csv")
     tagger = Tagger.load(arguments.tagger, arguments.device, arguments.threads)
@@ -93,10 +95,10 @@ def run(arguments: argparse.Namespace) -> int:
     failed: list[FedmptError] = []
     try:
         with contextlib.ExitStack() as stack:
-            sink = _open_sink(arguments, stack)
+            results = _open_results(arguments, stack)
             count = 0
-            for photos, live in _photo_lists(arguments, skipped, stack):
-                count += _tag(arguments, tagger, sink, photos, failed, live)
+            for photos, stop in _photo_lists(arguments, skipped, stack):
+                count += _tag(arguments, tagger, results, photos, failed, stop)
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -107,12 +109,14 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-class _Sink:
-    """Results, journal and explanations of one run."""
+class _Results:
+    """Where tags go, and the journal of what is done."""
 
-    def __init__(self, arguments: argparse.Namespace, out: IO[bytes] | None, journal: Journal | None) -> None:
+    def __init__(
+        self, arguments: argparse.Namespace, stream: IO[bytes] | None, journal: Journal | None
+    ) -> None:
         self._arguments = arguments
-        self._out = out
+        self._stream = stream
         self._journal = journal
 
     def select(self, photos: Iterable[Path]) -> Iterator[Path]:
@@ -123,40 +127,40 @@ class _Sink:
         """Write one photo's tags and note it as done."""
         if self._arguments.explain:
             tag_results.write_explanations(self._arguments.explain, result, EXPLANATION_SIZE)
-        if self._arguments.format == "xmp":
+        if self._stream is None:
             sidecar = sidecar_path(result.path, self._arguments.sidecar)
             write_tags(sidecar, [label for label, _ in result.tags])
-        elif self._out:
+        else:
             render = tag_results.csv_rows if self._arguments.format == "csv" else tag_results.json_line
-            self._out.write(render(result))
-            self._out.flush()
+            self._stream.write(render(result))
+            self._stream.flush()
         if self._journal:
-            self._journal.record(result.path, self._out.tell() if self._arguments.out and self._out else 0)
+            self._journal.record(result.path, self._stream.tell() if self._stream else 0)
 
 
-def _open_sink(arguments: argparse.Namespace, stack: contextlib.ExitStack) -> _Sink:
+def _open_results(arguments: argparse.Namespace, stack: contextlib.ExitStack) -> _Results:
     out: Path | None = arguments.out
-    journal_path = arguments.journal or (out and out.with_name(out.name + ".journal"))
+    path: Path | None = arguments.journal
+    if out:
+        path = path or out.with_name(f"{out.name}.journal")
+        if out.exists() and not path.exists():
+            raise TagError(f"{out}: exists, and {path} does not; remove it or choose another --out")
     journal = None
-    if out and out.exists() and not journal_path.exists():
-        raise TagError(f"{out}: exists, and {journal_path} does not; remove it or choose another --out")
-    if journal_path:
-        identity = {"tagger": sha256_file(arguments.tagger)}
-        for name in ("format", "top", "min_probability", "sidecar"):
-            identity[name] = str(getattr(arguments, name))
-        identity["results"] = str(out)
-        journal = Journal(journal_path, identity, out)
+    if path:
+        names = ("format", "top", "min_probability", "sidecar", "out")
+        identity = {name: str(getattr(arguments, name)) for name in names}
+        journal = Journal(path, {**identity, "tagger": sha256_file(arguments.tagger)}, out)
         stack.callback(journal.close)
     if arguments.format == "xmp":
-        return _Sink(arguments, None, journal)
-    file: IO[bytes] = sys.stdout.buffer
-    if out:
-        file = stack.enter_context(out.open("r+b" if out.exists() else "wb"))
-        file.truncate(journal.offset if journal else 0)
-        file.seek(0, os.SEEK_END)
-    if arguments.format == "csv" and not (out and file.tell()):
-        file.write(tag_results.CSV_HEADER)
-    return _Sink(arguments, file, journal)
+        return _Results(arguments, None, journal)
+    stream: IO[bytes] = sys.stdout.buffer
+    begun = 0
+    if out and journal:
+        stream = stack.enter_context(out.open("r+b" if out.exists() else "wb"))
+        begun = stream.seek(stream.truncate(journal.offset))
+    if arguments.format == "csv" and not begun:
+        stream.write(tag_results.CSV_HEADER)
+    return _Results(arguments, stream, journal)
 
 
 def _photo_lists(
@@ -180,13 +184,13 @@ def _photo_lists(
 def _tag(
     arguments: argparse.Namespace,
     tagger: Tagger,
-    sink: _Sink,
+    results: _Results,
     photos: Iterable[Path],
     failed: list[FedmptError],
     stop: threading.Event,
 ) -> int:
-    pending = list(sink.select(photos))
-    results = tag_photos(
+    pending = list(results.select(photos))
+    tagged = tag_photos(
         tagger,
         pending,
         top=arguments.top,
@@ -195,13 +199,13 @@ def _tag(
         workers=arguments.threads,
     )
     done = 0
-    with progress_bar("tagging") as progress, contextlib.closing(results):
-        for done, result in enumerate(results, 1):
+    with progress_bar("tagging") as progress, contextlib.closing(tagged):
+        for done, result in enumerate(tagged, 1):
             progress(done, len(pending))
             try:
                 if isinstance(result, PhotoError):
                     raise result
-                sink.write(result)
+                results.write(result)
             except (PhotoError, XmpError) as error:
                 failed.append(error)
                 if arguments.watch:

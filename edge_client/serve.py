@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import secrets
+import sys
 import threading
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -50,7 +51,7 @@ def open_server(tagger: Tagger, host: str = "127.0.0.1", port: int = 0) -> Threa
     class Handler(_Handler):
         pass
 
-    Handler.tagger, Handler.page, Handler.slots = tagger, page, slots
+    Handler.tagger, Handler.page, Handler.slots, Handler.loopback = tagger, page, slots, host in LOOPBACK
     try:
         return _Server((host, port), Handler)
     except (OSError, OverflowError) as error:
@@ -96,13 +97,20 @@ class _Server(ThreadingHTTPServer):
         # The base class looks up its own name, which can hang without a network.
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
-        self.server_name, self.server_port = self.server_address[:2]
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if isinstance(sys.exc_info()[1], ConnectionError):
+            logger.info("%s went away", client_address)
+        else:
+            logger.exception("a request of %s failed", client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
     tagger: Tagger
     page: str
     slots: threading.BoundedSemaphore
+    loopback: bool
 
     protocol_version = "HTTP/1.1"
     timeout = TIMEOUT
@@ -153,8 +161,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _is_ours(self) -> bool:
         """Refuse what another web site sent through the visitor's browser."""
         host = self.headers.get("Host", "")
-        loopback = self.server.server_address[0] in LOOPBACK
-        if loopback and host.partition(":")[0] not in LOOPBACK:
+        if self.loopback and host.partition(":")[0] not in LOOPBACK:
             self._fail(HTTPStatus.FORBIDDEN, "this page is served to this machine only")
             return False
         if self.headers.get("Origin", f"http://{host}") != f"http://{host}":

@@ -28,8 +28,8 @@ def csv_rows(result: Tagged) -> bytes:
     """One row ``path,label,probability`` a label; one with empty cells for a photo without labels."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    for label, probability in result.tags or [("", None)]:
-        writer.writerow([result.path, label, "" if probability is None else f"{probability:.6f}"])
+    rows = [(label, f"{probability:.6f}") for label, probability in result.tags]
+    writer.writerows((result.path, *row) for row in rows or [("", "")])
     return text.getvalue().encode("utf-8", "surrogateescape")
 
 

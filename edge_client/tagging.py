@@ -8,7 +8,7 @@ import itertools
 import os
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,7 +68,7 @@ def tag_photos(
     explain: bool = False,
     batch_size: int = BATCH_SIZE,
     workers: int | None = None,
-) -> Iterator[Tagged | PhotoError]:
+) -> Generator[Tagged | PhotoError, None, None]:
     """Tag photos in their order; a photo that cannot be read gives its PhotoError instead of ending the run.
 
     Args:

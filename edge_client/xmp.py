@@ -81,7 +81,8 @@ def merge_tags(packet: bytes, labels: Sequence[str], where: str) -> bytes:
     if not any(changes):
         return packet
     declared = packet.removeprefix(b"\xef\xbb\xbf").startswith(b"<?xml ")
-    return etree.tostring(root.getroottree(), encoding="UTF-8", xml_declaration=declared)
+    merged: bytes = etree.tostring(root.getroottree(), encoding="UTF-8", xml_declaration=declared)
+    return merged
 
 
 def _merge(

@@ -76,11 +76,10 @@ def text_features(bundle: Path, manifest: BundleManifest, state: State) -> NDArr
     try:
         import onnxruntime
     except ModuleNotFoundError:
-        outputs = ReferenceEvaluator(str(path)).run(["text"], inputs)
+        session: Any = ReferenceEvaluator(str(path))
     else:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        outputs = session.run(["text"], inputs)
-    text: NDArray[np.float32] = outputs[0]
+    text: NDArray[np.float32] = session.run(["text"], inputs)[0]
     if not np.isfinite(text).all():
         raise ExportError("state: its text features are not finite; take an earlier round's state")
     return text
