@@ -23,12 +23,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn import functional
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+from transformers import CLIPModel
 
 from fedmpt.protocol.files import atomic_path, write_atomically
 from fedmpt.simulation.micro_clip_captions import (
     ANCHORS,
-    CONTEXT,
     anchor_captions,
     anchor_of,
     attribute_captions,
@@ -36,14 +35,11 @@ from fedmpt.simulation.micro_clip_captions import (
     truth_of,
 )
 from fedmpt.simulation.micro_clip_data import TrainingSet, render_training_set
+from fedmpt.simulation.micro_clip_model import WIDTH, image_tokens, make_model, save_model, text_features
 from fedmpt.simulation.micro_clip_tokenizer import make_tokenizer
-from fedmpt.simulation.scenes import SIZE, Progress
+from fedmpt.simulation.scenes import Progress
 from fedmpt.simulation.scenes_sets import first_pretrain_specification, pretrain_specification
 from fedmpt.simulation.sprites import LABELS
-
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own normalisation
-STD = (0.26862954, 0.26130258, 0.27577711)
-CONTEXT_LENGTH = 77
 
 
 @dataclass(frozen=True)
@@ -75,65 +71,6 @@ class Recipe:
     checkpoint_every: int = 200
 
 
-def make_model(tokenizer: CLIPTokenizer, seed: int) -> CLIPModel:
-    """A micro-CLIP with random weights."""
-    torch.manual_seed(seed)
-    end = tokenizer.eos_token_id
-    tower = {"hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 3, "projection_dim": 192}
-    text = {"vocab_size": len(tokenizer), "max_position_embeddings": CONTEXT_LENGTH, "num_hidden_layers": 3}
-    tokens = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": end, "pad_token_id": end}
-    vision = {"image_size": SIZE, "patch_size": 16, "num_hidden_layers": 6}
-    return CLIPModel(
-        CLIPConfig(
-            text_config={**tower, **text, **tokens},
-            vision_config={**tower, **vision},
-            projection_dim=192,
-            logit_scale_init_value=math.log(10.0),
-            attn_implementation="eager",  # on a CPU its backward pass is three times as fast
-        )
-    )
-
-
-def image_tokens(model: CLIPModel, pixels: np.ndarray) -> torch.Tensor:
-    """Class token and patches ``[B, M, D]``, L2-normalised, of uint8 pictures ``[B, S, S, 3]``."""
-    values = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / 255
-    values = (values - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
-    vision = model.vision_model
-    states = vision.post_layernorm(vision(pixel_values=values).last_hidden_state)
-    return functional.normalize(model.visual_projection(states).float(), dim=-1)
-
-
-def text_features(
-    model: CLIPModel, tokenizer: CLIPTokenizer, texts: list[str], runs: Iterator[torch.Tensor] | None = None
-) -> torch.Tensor:
-    """Features ``[Q, D]`` of texts; where a text holds ``*`` the next of `runs` ``[k, W]`` takes its place."""
-    embedding = model.text_model.embeddings.token_embedding
-    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-    rows = []
-    for text in texts:
-        parts: list[torch.Tensor] = [embedding.weight[begin][None]]
-        for number, words in enumerate(text.split(CONTEXT)):
-            if number and runs is not None:
-                parts.append(next(runs))
-            ids = tokenizer(words, add_special_tokens=False)["input_ids"] if words.strip() else []
-            if ids:
-                parts.append(embedding(torch.tensor(ids)))
-        rows.append(torch.cat([*parts, embedding.weight[end][None]]))
-    last = torch.tensor([len(row) - 1 for row in rows])
-    return text_features_of(model, torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), last)
-
-
-def text_features_of(model: CLIPModel, embedded: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-    """Features ``[Q, D]``, L2-normalised, of embedded prompts ``[Q, T, W]`` that end at position `last` ``[Q]``."""
-    text = model.text_model
-    hidden = text.embeddings(inputs_embeds=embedded)
-    length = hidden.shape[1]
-    mask = torch.full((1, 1, length, length), torch.finfo(hidden.dtype).min).triu(1)
-    states = text.encoder(inputs_embeds=hidden, attention_mask=mask).last_hidden_state
-    at_end = text.final_layer_norm(states[torch.arange(len(last)), last])
-    return functional.normalize(model.text_projection(at_end).float(), dim=-1)
-
-
 def pair_loss(
     similarity: torch.Tensor, truth: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor
 ) -> torch.Tensor:
@@ -161,7 +98,7 @@ class Trainer:
         # One free vector per label, background, lighting and style. Text features start almost parallel, which
         # teaches the pictures nothing for hundreds of steps; anchors start apart, so that pictures align with
         # them at once and texts follow. They fade out and are thrown away.
-        self.anchors = torch.nn.Parameter(torch.randn(ANCHORS, self.model.config.projection_dim))
+        self.anchors = torch.nn.Parameter(torch.randn(ANCHORS, WIDTH))
         extra = {"biases": self.biases, "anchors": self.anchors}
         self.parameters = {**dict(self.model.named_parameters()), **extra}
         decayed = [p for p in self.parameters.values() if p.ndim >= 2]
@@ -215,7 +152,7 @@ class Trainer:
             by_anchor = by_anchor + stage.patch_weight * by_patch
             loss = loss + help_of_anchors * (by_anchor + 10 * aligned)
         self.optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         self.optimizer.step()
         self.step += 1
@@ -299,22 +236,6 @@ def train(
             progress(trainer.step, total)
     save_model(trainer.model, trainer.tokenizer, folder / "micro-clip")
     return trainer.model
-
-
-def save_model(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """Write a folder that ``CLIPModel``, ``CLIPTokenizer`` and ``CLIPProcessor`` load; weights in float16."""
-    folder.mkdir(parents=True, exist_ok=True)
-    half = make_model(tokenizer, 0)
-    half.load_state_dict(model.state_dict())
-    half.half().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    tokenizer.backend_tokenizer.model.save(str(folder))  # vocab.json and merges.txt, which older readers want
-    CLIPImageProcessor(
-        size={"shortest_edge": SIZE},
-        crop_size={"height": SIZE, "width": SIZE},
-        image_mean=MEAN,
-        image_std=STD,
-    ).save_pretrained(folder)
 
 
 def main(argv: list[str] | None = None) -> int:

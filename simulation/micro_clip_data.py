@@ -84,12 +84,14 @@ def render_training_set(
         write_atomically(done_file, json.dumps({**identity, "done": done}).encode())
         if progress is not None:
             progress(done, count)
-    attributes, factors = arrays["attributes"], np.asarray(arrays["factors"])
+    attributes, (background, lighting, style) = arrays["attributes"], np.asarray(arrays["factors"]).T
     return TrainingSet(
         arrays["pixels"],
         attributes[..., 0],
         attributes[..., 1:],
-        *factors.T,
+        background,
+        lighting,
+        style,
         np.asarray(arrays["patch_labels"]),
     )
 

@@ -16,22 +16,22 @@ from torch.nn import functional
 from transformers import CLIPModel, CLIPTokenizer
 
 from fedmpt.protocol.files import write_atomically
-from fedmpt.simulation.micro_clip import image_tokens, text_features, text_features_of
+from fedmpt.simulation.micro_clip_model import (
+    WEIGHTS,
+    WIDTH,
+    image_tokens,
+    load_micro_clip,
+    text_features,
+    text_features_of,
+)
 from fedmpt.simulation.scenes import SceneSet, SceneSpecification, draw_scenes
 from fedmpt.simulation.scenes_render import BACKGROUNDS
 from fedmpt.simulation.scenes_sets import federation_plan
 from fedmpt.simulation.sprites import LABELS
 
-WEIGHTS = Path(__file__).parent / "data" / "micro-clip"
 PROMPT = "a photo of a {}."
 GRID = 7
 PATCH = 16
-
-
-def load_micro_clip(folder: Path = WEIGHTS) -> tuple[CLIPModel, CLIPTokenizer]:
-    """The model in float32, frozen, and its tokenizer."""
-    model = CLIPModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-    return model.requires_grad_(False), CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 @torch.no_grad()
@@ -112,72 +112,65 @@ def tune(
     model: CLIPModel,
     tokenizer: CLIPTokenizer,
     method: str,
+    pooling: str,
     train: tuple[torch.Tensor, np.ndarray],
     test: tuple[torch.Tensor, np.ndarray],
     names: tuple[str, ...],
     seed: int,
     epochs: int = 20,
-) -> dict[str, float]:
-    """Train ``coop`` (four context vectors) or ``adapter`` (rank 32 on the tokens); mAP on the test set by pooling."""
-    results = {}
-    for pooling in ("class_token", "best_patch"):
-        torch.manual_seed(seed)
-        width = model.config.text_config.hidden_size
-        context = torch.nn.Parameter(torch.randn(4, width) * 0.02)
-        down = torch.nn.Parameter(torch.randn(32, width) * width**-0.5)
-        up = torch.nn.Parameter(torch.zeros(width, 32))
-        scale, bias = torch.nn.Parameter(torch.tensor(15.0)), torch.nn.Parameter(torch.tensor(-6.0))
-        with torch.no_grad():
-            fixed = text_features(model, tokenizer, [PROMPT.format(name) for name in names])
+) -> float:
+    """Train ``coop`` (four context vectors) or ``adapter`` (rank 32 on the tokens); mAP on the test set."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        fixed = text_features(model, tokenizer, [PROMPT.format(name) for name in names])
+    if method == "coop":
+        trained = [torch.randn(4, WIDTH, generator=generator) * 0.02]
+    else:
+        trained = [torch.randn(32, WIDTH, generator=generator) * WIDTH**-0.5, torch.zeros(WIDTH, 32)]
+    scale, bias = torch.tensor(15.0), torch.tensor(-6.0)
+    for tensor in (*trained, scale, bias):
+        tensor.requires_grad_()
 
-        def scores(
-            tokens: torch.Tensor,
-            pooling: str = pooling,
-            context: torch.Tensor = context,
-            down: torch.Tensor = down,
-            up: torch.Tensor = up,
-            fixed: torch.Tensor = fixed,
-        ) -> torch.Tensor:
-            if method == "coop":
-                return similarities(tokens, prompt_features(model, tokenizer, context, names))[pooling]
-            moved = functional.normalize(
-                tokens + functional.linear(functional.linear(tokens, down), up), dim=-1
+    def scores(tokens: torch.Tensor) -> torch.Tensor:
+        if method == "coop":
+            return similarities(tokens, prompt_features(model, tokenizer, trained[0], names))[pooling]
+        moved = tokens + functional.linear(functional.linear(tokens, trained[0]), trained[1])
+        return similarities(functional.normalize(moved, dim=-1), fixed)[pooling]
+
+    tokens, labels = train[0], torch.from_numpy(train[1]).float()
+    with torch.no_grad():
+        start = scores(tokens)
+    _calibrate(start, labels, scale, bias)
+    rates = (4e-3, 4e-2)
+    optimizer = torch.optim.AdamW(
+        [{"params": trained, "lr": rates[0]}, {"params": [scale, bias], "lr": rates[1]}], weight_decay=0.0
+    )
+    for epoch in range(epochs):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * 0.5 * (1 + np.cos(np.pi * epoch / epochs))
+        order = torch.randperm(len(tokens), generator=generator)
+        for part in torch.split(order, 50):
+            loss = functional.binary_cross_entropy_with_logits(
+                scale * scores(tokens[part]) + bias, labels[part]
             )
-            return similarities(moved, fixed)[pooling]
-
-        trained = [context] if method == "coop" else [down, up]
-        optimizer = torch.optim.AdamW(
-            [{"params": trained, "lr": 2e-3}, {"params": [scale, bias], "lr": 2e-2}], weight_decay=0.0
-        )
-        tokens, labels = train[0], torch.from_numpy(train[1]).float()
-        with torch.no_grad():
-            start = scores(tokens)
-        _calibrate(start, labels, scale, bias)
-        for epoch in range(epochs):
-            for group, rate in zip(optimizer.param_groups, (2e-3, 2e-2), strict=True):
-                group["lr"] = rate * 0.5 * (1 + np.cos(np.pi * epoch / epochs))
-            for part in torch.randperm(len(tokens)).split(32):
-                logits = scale * scores(tokens[part]) + bias
-                loss = functional.binary_cross_entropy_with_logits(logits, labels[part])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-        with torch.no_grad():
-            results[pooling] = mean_average_precision(scores(test[0]).numpy(), test[1])
-    return results
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    with torch.no_grad():
+        return mean_average_precision(scores(test[0]).numpy(), test[1])
 
 
 def _calibrate(scores: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> None:
     """Fit scale and bias on fixed scores first, so that prompts need not carry the calibration."""
     optimizer = torch.optim.LBFGS([scale, bias], max_iter=50)
 
-    def closure() -> torch.Tensor:
+    def closure() -> float:
         optimizer.zero_grad()
         loss = functional.binary_cross_entropy_with_logits(scale * scores + bias, labels)
-        loss.backward()
-        return loss
+        loss.backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
 
-    optimizer.step(closure)
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
 
 
 def prompt_features(
@@ -215,7 +208,10 @@ def evaluate(
         run: dict[str, object] = {"zero_shot": zero_shot(model, tokenizer, test, test_tokens)}
         for method in ("coop", "adapter"):
             pairs = ((train_tokens, train.truth), (test_tokens, test.truth))
-            run[method] = tune(model, tokenizer, method, *pairs, decorrelated.labels, seed)
+            run[method] = {
+                pooling: tune(model, tokenizer, method, pooling, *pairs, decorrelated.labels, seed)
+                for pooling in ("class_token", "best_patch")
+            }
         runs.append(run)
     report["federation_map"] = runs
     return report

@@ -23,7 +23,7 @@ def make_tokenizer() -> CLIPTokenizer:
     tokens = letters + [letter + _END for letter in letters] + ["".join(merge) for merge in merges]
     tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     ids = {token: index for index, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=CONTEXT_LENGTH)
+    return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=CONTEXT_LENGTH)  # type: ignore[arg-type]
 
 
 def learn_merges(words: Counter[str]) -> list[tuple[str, str]]:
@@ -33,7 +33,7 @@ def learn_merges(words: Counter[str]) -> list[tuple[str, str]]:
     here the alphabetically first pair goes first.
     """
     spelled = {word: (*word[:-1], word[-1] + _END) for word in words}
-    merges = []
+    merges: list[tuple[str, str]] = []
     while True:
         pairs: Counter[tuple[str, str]] = Counter()
         for word, parts in spelled.items():

@@ -8,90 +8,44 @@ alone. NumPy and Pillow only.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from fedmpt.protocol.errors import FedmptError
 from fedmpt.simulation.scenes_render import BACKGROUNDS, LIGHTINGS, light, paint_background
+from fedmpt.simulation.scenes_specification import (
+    LAYOUTS,
+    POSES,
+    SCALES,
+    SIZE,
+    ConditionLink,
+    LabelLink,
+    SceneError,
+    SceneSpecification,
+    Weights,
+    drawing_order,
+    links_from_matrix,
+)
 from fedmpt.simulation.sprites import LABELS, STYLES, sprites
 
-SIZE = 112
-# Longer side of the object as a share of the picture's.
-SCALES: dict[str, tuple[float, float]] = {
-    "small": (0.17, 0.27),
-    "medium": (0.29, 0.44),
-    "large": (0.48, 0.72),
-}
-POSES = ("upright", "tilted", "partial")
-LAYOUTS = ("left", "centre", "right")
+__all__ = [
+    "LAYOUTS",
+    "OBJECT",
+    "POSES",
+    "SCALES",
+    "SIZE",
+    "ConditionLink",
+    "LabelLink",
+    "Progress",
+    "SceneError",
+    "SceneSet",
+    "SceneSpecification",
+    "draw_scenes",
+    "links_from_matrix",
+]
 
 Progress = Callable[[int, int | None], None]
-Weights = tuple[tuple[str, float], ...]
-
-
-class SceneError(FedmptError):
-    """A scene specification that cannot be drawn."""
-
-
-@dataclass(frozen=True)
-class LabelLink:
-    """One entry of the co-occurrence matrix: P(target | source) and P(target | no source)."""
-
-    source: str
-    target: str
-    when_present: float
-    when_absent: float
-
-
-@dataclass(frozen=True)
-class ConditionLink:
-    """Where `label` is shown, `factor` (``background``, ``lighting`` or ``scale``) is `value` with `probability`."""
-
-    label: str
-    factor: str
-    value: str
-    probability: float
-
-
-def _uniform(names: object) -> Weights:
-    return tuple((str(name), 1.0) for name in names)  # type: ignore[attr-defined]
-
-
-@dataclass(frozen=True)
-class SceneSpecification:
-    """What is drawn. `marginals` holds one probability per label; a link's target ignores its own.
-
-    `distractors` is the mean number of further objects whose labels are not in `labels`. Annotation: a shown label
-    goes `missing`, an absent one is claimed (`claimed`), any becomes `unknown`, each independently at its rate.
-    """
-
-    labels: tuple[str, ...] = LABELS
-    marginals: tuple[float, ...] = (0.05,) * len(LABELS)
-    links: tuple[LabelLink, ...] = ()
-    condition_links: tuple[ConditionLink, ...] = ()
-    backgrounds: Weights = field(default_factory=lambda: _uniform(BACKGROUNDS))
-    lightings: Weights = (
-        ("daylight", 0.4),
-        ("sunset", 0.16),
-        ("night", 0.11),
-        ("fog", 0.11),
-        ("rain", 0.11),
-        ("snowfall", 0.11),
-    )
-    styles: Weights = (("rendered", 1.0), ("glossy", 1.0))
-    scales: Weights = (("small", 0.2), ("medium", 0.5), ("large", 0.3))
-    distractors: float = 0.0
-    missing: float = 0.0
-    claimed: float = 0.0
-    unknown: float = 0.0
-    size: int = SIZE
-
-    def __post_init__(self) -> None:
-        _check(self)
-
-
 # One row per drawn object; box in pixels (left, top, right, bottom), right and bottom exclusive.
 OBJECT = np.dtype(
     [
@@ -122,6 +76,12 @@ class SceneSet:
     def __len__(self) -> int:
         return len(self.pixels)
 
+    def co_occurrence(self) -> np.ndarray:
+        """What the pictures show: P(label j | label i) ``[C, C]``, NaN where no picture shows i."""
+        shown = self.truth.astype(np.float64)
+        together, alone = shown.T @ shown, shown.sum(0)[:, None]
+        return np.divide(together, alone, out=np.full_like(together, np.nan), where=alone > 0)
+
 
 def draw_scenes(
     specification: SceneSpecification,
@@ -139,7 +99,7 @@ def draw_scenes(
     labels = np.zeros_like(truth)
     factors = np.zeros((3, count), np.int8)
     objects: list[np.ndarray] = []
-    order = _drawing_order(spec)
+    order = drawing_order(spec)
     for k in range(count):
         generator = np.random.default_rng((seed, start + k))
         truth[k] = _draw_labels(spec, order, generator)
@@ -310,68 +270,3 @@ def _overlap(one: tuple[int, int, int, int], two: tuple[int, int, int, int]) -> 
         return 0.0
     areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (one, two)]
     return width * height / min(areas)
-
-
-def _drawing_order(spec: SceneSpecification) -> list[int]:
-    """Label indices, every link's source before its target.
-
-    :raises SceneError: the links form a circle
-    """
-    order: list[int] = []
-    waiting = list(range(len(spec.labels)))
-    while waiting:
-        ready = [
-            index
-            for index in waiting
-            if all(
-                spec.labels.index(link.source) in order
-                for link in spec.links
-                if link.target == spec.labels[index]
-            )
-        ]
-        if not ready:
-            circle = ", ".join(spec.labels[index] for index in waiting)
-            raise SceneError(f"the label links form a circle among {circle}: remove one of them")
-        order += ready
-        waiting = [index for index in waiting if index not in ready]
-    return order
-
-
-def _check(spec: SceneSpecification) -> None:
-    known = {"background": tuple(BACKGROUNDS), "lighting": tuple(LIGHTINGS), "scale": tuple(SCALES)}
-    for label in spec.labels:
-        _require(label in LABELS, f"no sprite shows {label!r}: the labels are {', '.join(LABELS)}")
-    _require(len(set(spec.labels)) == len(spec.labels), "a label is named twice")
-    _require(
-        len(spec.marginals) == len(spec.labels),
-        f"{len(spec.marginals)} marginals for {len(spec.labels)} labels: give one each",
-    )
-    for link in spec.links:
-        for name in (link.source, link.target):
-            _require(name in spec.labels, f"a link names {name!r}, which is not among the labels")
-        _require(link.source != link.target, f"a link joins {link.source!r} to itself")
-    for rule in spec.condition_links:
-        _require(rule.label in spec.labels, f"a condition link names {rule.label!r}, which is not a label")
-        _require(rule.factor in known, f"a condition link names {rule.factor!r}: use {', '.join(known)}")
-        _require(rule.value in known[rule.factor], f"{rule.factor} has no value {rule.value!r}")
-    for weights, names in (
-        (spec.backgrounds, tuple(BACKGROUNDS)),
-        (spec.lightings, tuple(LIGHTINGS)),
-        (spec.styles, tuple(STYLES)),
-        (spec.scales, tuple(SCALES)),
-    ):
-        for name, weight in weights:
-            _require(name in names, f"no {name!r}: choose from {', '.join(names)}")
-            _require(weight >= 0, f"the weight of {name!r} is negative")
-        _require(sum(weight for _, weight in weights) > 0, "a list of weights adds up to nothing")
-    rates = [*spec.marginals, spec.missing, spec.claimed, spec.unknown]
-    rates += [p for link in spec.links for p in (link.when_present, link.when_absent)]
-    rates += [rule.probability for rule in spec.condition_links]
-    _require(all(0 <= rate <= 1 for rate in rates), "a probability lies outside 0 … 1")
-    _require(spec.size >= 32, f"pictures of {spec.size} pixels are too small: at least 32")
-    _drawing_order(spec)
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise SceneError(message)

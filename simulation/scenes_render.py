@@ -16,21 +16,26 @@ Array = np.ndarray
 
 def _noise(generator: np.random.Generator, octaves: tuple[int, ...], stretch: float = 1.0) -> Array:
     """Smooth noise ``[BANK_SIZE, BANK_SIZE]`` in about −1 … 1: one random grid per octave, enlarged."""
-    total = np.zeros((BANK_SIZE, BANK_SIZE), np.float32)
+    total: Array = np.zeros((BANK_SIZE, BANK_SIZE), np.float32)
     for cells in octaves:
         grid = generator.standard_normal((cells, max(2, round(cells * stretch)))).astype(np.float32)
         layer = Image.fromarray(grid).resize((BANK_SIZE, BANK_SIZE), Image.Resampling.BICUBIC)
         total += np.asarray(layer) / np.sqrt(len(octaves))
-    return total * 0.5
+    return np.asarray(total * 0.5)
 
 
 def _mix(low: tuple[int, ...], high: tuple[int, ...], amount: Array) -> Array:
     """Colour ``[S, S, 3]`` between two colours; `amount` in 0 … 1."""
     share = np.clip(amount, 0, 1)[..., None]
-    return np.asarray(low, np.float32) * (1 - share) + np.asarray(high, np.float32) * share
+    return np.asarray(np.asarray(low, np.float32) * (1 - share) + np.asarray(high, np.float32) * share)
 
 
-_ROWS, _COLUMNS = np.mgrid[0:BANK_SIZE, 0:BANK_SIZE].astype(np.float32)
+_GRID: Array = np.mgrid[0:BANK_SIZE, 0:BANK_SIZE].astype(np.float32)
+_ROWS, _COLUMNS = _GRID[0], _GRID[1]
+
+
+def _colour(red: int, green: int, blue: int) -> Array:
+    return np.asarray((red, green, blue), np.float32)
 
 
 def _meadow(g: np.random.Generator) -> Array:
@@ -71,7 +76,7 @@ def _brick(g: np.random.Generator) -> Array:
     )
     bricks = bricks + 14 * _noise(g, (60, 110))[..., None]
     mortar = (_ROWS % height < 2) | (across % width < 2)
-    return np.where(mortar[..., None], np.float32((196, 186, 172)), bricks)
+    return np.where(mortar[..., None], _colour(196, 186, 172), bricks)
 
 
 def _wood(g: np.random.Generator) -> Array:
@@ -80,7 +85,7 @@ def _wood(g: np.random.Generator) -> Array:
     tone = g.standard_normal(BANK_SIZE // height + 2).astype(np.float32)[board]
     grain = np.sin(_ROWS * 1.1 + 6 * _noise(g, (10,), 0.3)) * 0.12 + 0.2 * _noise(g, (110, 70), 0.08)
     planks = _mix((118, 72, 36), (206, 150, 92), 0.5 + 0.16 * tone + grain)
-    return np.where((_ROWS % height < 1.5)[..., None], np.float32((70, 42, 24)), planks)
+    return np.where((_ROWS % height < 1.5)[..., None], _colour(70, 42, 24), planks)
 
 
 def _road(g: np.random.Generator) -> Array:
@@ -88,7 +93,7 @@ def _road(g: np.random.Generator) -> Array:
     slope, start = g.uniform(-0.3, 0.3), g.uniform(0.2, 0.5) * BANK_SIZE
     for line in (start, start + 85):
         stripe = (np.abs(_ROWS - line - slope * _COLUMNS) < 4) & (_COLUMNS % 44 < 28)
-        asphalt = np.where(stripe[..., None], np.float32((225, 222, 205)), asphalt)
+        asphalt = np.where(stripe[..., None], _colour(225, 222, 205), asphalt)
     return asphalt
 
 
@@ -112,7 +117,7 @@ def _tiles(g: np.random.Generator) -> Array:
     pale = [(206, 222, 226), (226, 214, 200), (208, 224, 206)][int(g.integers(3))]
     checks = _mix((246, 246, 243), pale, 0.9 * dark + 0.1 * _noise(g, (7, 14)))
     grout = (_ROWS % side < 2) | (_COLUMNS % side < 2)
-    return np.where(grout[..., None], np.float32((150, 154, 156)), checks)
+    return np.where(grout[..., None], _colour(150, 154, 156), checks)
 
 
 BACKGROUNDS: dict[str, Callable[[np.random.Generator], Array]] = {
@@ -163,9 +168,11 @@ def _weather_bank(kind: str, size: int) -> tuple[Array, ...]:
             drops = (generator.random((size * 2, size * 2)) < density) * 255.0
             mask = Image.fromarray(drops.astype(np.uint8))
             if kind == "rain":  # smear every drop along the wind
-                field = np.asarray(mask, np.float32)
-                field = sum(np.roll(field, (step, step // 3), (0, 1)) for step in range(14)) * 0.42
-                mask = Image.fromarray(np.clip(field, 0, 255).astype(np.uint8))
+                streak = sum(
+                    np.roll(drops.astype(np.uint8).astype(np.float32), (step, step // 3), (0, 1))
+                    for step in range(14)
+                )
+                mask = Image.fromarray(np.clip(streak * 0.42, 0, 255).astype(np.uint8))
             else:
                 mask = mask.filter(ImageFilter.MaxFilter(5))
             layer = np.asarray(mask.filter(ImageFilter.GaussianBlur(radius)).resize((size, size)), np.float32)

@@ -194,9 +194,20 @@ def concatenate(parts: list[SceneSet]) -> SceneSet:
     objects = [part.objects.copy() for part in parts]
     for rows, start in zip(objects, starts, strict=True):
         rows["scene"] += start
-    names = ("pixels", "labels", "truth", "background", "lighting", "style")
-    joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
-    return replace(parts[0], objects=np.concatenate(objects), **joined)
+
+    def join(name: str) -> np.ndarray:
+        return np.concatenate([getattr(part, name) for part in parts])
+
+    return SceneSet(
+        parts[0].specification,
+        join("pixels"),
+        join("labels"),
+        join("truth"),
+        join("background"),
+        join("lighting"),
+        join("style"),
+        np.concatenate(objects),
+    )
 
 
 def encode_photos(scenes: SceneSet, quality: int = 90) -> dict[str, bytes]:

@@ -11,9 +11,6 @@ from fedmpt.simulation.micro_clip import (
     Recipe,
     Stage,
     Trainer,
-    image_tokens,
-    save_model,
-    text_features,
     train,
 )
 from fedmpt.simulation.micro_clip_captions import (
@@ -24,12 +21,17 @@ from fedmpt.simulation.micro_clip_captions import (
 )
 from fedmpt.simulation.micro_clip_data import render_training_set
 from fedmpt.simulation.micro_clip_evaluation import (
-    WEIGHTS,
     encode_scenes,
-    load_micro_clip,
     mean_average_precision,
     pointing,
     zero_shot,
+)
+from fedmpt.simulation.micro_clip_model import (
+    WEIGHTS,
+    image_tokens,
+    load_micro_clip,
+    save_model,
+    text_features,
 )
 from fedmpt.simulation.micro_clip_tokenizer import make_tokenizer
 from fedmpt.simulation.scenes import SceneSpecification, draw_scenes

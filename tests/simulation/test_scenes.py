@@ -11,6 +11,7 @@ from fedmpt.simulation.scenes import (
     SceneError,
     SceneSpecification,
     draw_scenes,
+    links_from_matrix,
 )
 from fedmpt.simulation.scenes_render import BACKGROUNDS, LIGHTINGS
 from fedmpt.simulation.sprites import CELL, LABELS, STYLES, sprites
@@ -60,6 +61,17 @@ def test_a_link_plants_the_co_occurrence_it_states():
     assert truth[cat, 1].mean() == pytest.approx(0.9, abs=0.05)
     assert truth[~cat, 1].mean() == pytest.approx(0.1, abs=0.05)
     assert np.corrcoef(truth[:, 2], truth[:, 3])[0, 1] == pytest.approx(0, abs=0.1)
+
+
+def test_a_co_occurrence_matrix_is_planted_and_measured():
+    when_present = np.full((4, 4), np.nan)
+    when_present[0, 1], when_present[2, 3] = 0.9, 0.2
+    links = links_from_matrix(PETS.labels, when_present, np.full((4, 4), 0.1))
+    found = draw_scenes(replace(PETS, links=links), 800, 4).co_occurrence()
+    assert found[0, 1] == pytest.approx(0.9, abs=0.05)
+    assert found[2, 3] == pytest.approx(0.2, abs=0.05)
+    assert found[0, 2] == pytest.approx(0.5, abs=0.07)
+    assert (found.diagonal() == 1).all()
 
 
 def test_links_may_form_chains():
