@@ -47,6 +47,7 @@ IN_FLIGHT = 1000  # paho's default of 20 stalls bursts: each 20 messages would w
 OUTBOX = 20_000
 PATIENCE_SECONDS = 2.0  # for the answer to the first CONNECT
 BACKOFF_SECONDS = (0.5, 30.0)  # first ceiling and last
+IMPATIENT_PAUSE_SECONDS = 2.0
 # Signs of a second client with our id, within a minute: the broker says "taken over" (MQTT 5; mosquitto 2.0 does
 # not), or connections end within seconds of being accepted. The weaker sign must show more often.
 TAKEOVERS, BRIEF_CONNECTIONS, BRIEF_SECONDS = 3, 8, 5.0
@@ -107,6 +108,7 @@ class Connection:
         """
         end = None if timeout is None else time.monotonic() + timeout
         while True:
+            version = self.protocol
             try:
                 problem = self._try_once()
             except ssl.SSLCertVerificationError as error:
@@ -119,12 +121,15 @@ class Connection:
             if not problem:
                 return
             logger.debug("connecting to %s: %s", self.address.url, problem)
-            pause = self._next_pause()
-            if end is not None and time.monotonic() + pause >= end:
-                raise BrokerUnreachable(
-                    f"broker {self.address.url}: {problem}; check that it runs and that host, port, TLS and "
-                    "firewall are right"
-                )
+            # The other version is tried at once; whoever waits only so long must not sleep half of it away.
+            pause = 0.0 if self.protocol != version else self._next_pause()
+            if end is not None:
+                pause = min(pause, IMPATIENT_PAUSE_SECONDS)
+                if time.monotonic() + pause >= end:
+                    raise BrokerUnreachable(
+                        f"broker {self.address.url}: {problem}; check that it runs and that host, port, TLS "
+                        "and firewall are right"
+                    )
             time.sleep(pause)
 
     def receive(self, timeout: float | None = None) -> Event | None:
@@ -325,6 +330,9 @@ class Connection:
         try:
             topic = message.topic
         except UnicodeDecodeError:
+            topic = ""
+        # amqtt greets a client with retained messages of other clients' subscriptions.
+        if not any(mqtt.topic_matches_sub(wanted, topic) for wanted, _ in self._subscriptions):
             client.ack(message.mid, message.qos)
             return
         self._put(

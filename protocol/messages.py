@@ -73,6 +73,7 @@ class Round:
 
     ``phase`` is ``calibrate`` (round 0), ``train``, or ``finished``: then ``state/{round}`` is the result and
     nobody trains. ``state`` is the digest of the base state; ``deadline`` is in Unix seconds, None for none.
+    ``edition`` grows with every change, so that a reader can leave out what comes after its successor.
     """
 
     federation: str
@@ -82,10 +83,12 @@ class Round:
     state: str
     deadline: float | None
     clients: tuple[str, ...]
+    edition: int
     version: int = VERSION
 
     def __post_init__(self) -> None:
         check_name("federation", self.federation)
+        _require(self.edition >= 0, "edition is negative")
         _require(0 <= self.round <= MAXIMUM_ROUND, f"round is not between 0 and {MAXIMUM_ROUND}")
         _require(self.phase in PHASES, f"phase is none of {', '.join(PHASES)}")
         _require(_DIGEST.fullmatch(self.state), "state is no SHA-256")

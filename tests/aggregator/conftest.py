@@ -6,7 +6,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from fedmpt.protocol.manifest import (
     TensorSpec,
     Tokens,
     Training,
+    load_manifest,
     save_manifest,
 )
 
@@ -41,7 +42,7 @@ def initial_state() -> State:
     return {name: np.asarray(generator.normal(size=spec.shape), np.float32) for name, spec in SPECS.items()}
 
 
-def settings(**changes: object) -> FederationSettings:
+def make_settings(**changes: object) -> FederationSettings:
     """Three training rounds after calibration, two clients; ``changes`` replace fields by name."""
     rounds = {"rounds": 3, "calibrate": True, "clients_min": 2}
     strategy = changes.pop("strategy", "uniform")
@@ -76,10 +77,36 @@ def make_bundle(folder: Path) -> BundleManifest:
     return manifest
 
 
+@pytest.fixture(name="make_settings")
+def make_settings_fixture() -> Callable[..., FederationSettings]:
+    """``make_settings``, for test modules, which cannot import this one."""
+    return make_settings
+
+
+@pytest.fixture(name="make_update")
+def make_update_fixture() -> Callable[..., bytes]:
+    """``make_update``, likewise."""
+    return make_update
+
+
 @pytest.fixture
-def bundle(tmp_path: Path) -> BundleManifest:
-    """The bundle of ``make_bundle``, in ``tmp_path / "bundle"``."""
-    return make_bundle(tmp_path / "bundle")
+def state() -> State:
+    """The bundle's initial state."""
+    return initial_state()
+
+
+@pytest.fixture(scope="session")
+def bundle_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of ``make_bundle``; read it only."""
+    folder = tmp_path_factory.mktemp("bundle")
+    make_bundle(folder)
+    return folder
+
+
+@pytest.fixture
+def bundle(bundle_folder: Path) -> BundleManifest:
+    """The manifest of ``bundle_folder``."""
+    return load_manifest(bundle_folder)
 
 
 def make_update(

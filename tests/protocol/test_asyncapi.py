@@ -39,7 +39,14 @@ EXAMPLES = {
         limits=Limits(65_600, 10_000_000, 1000.0),
     ),
     "round": Round(
-        "birds", 3, "train", ("class_context", "scale"), "cd" * 32, 1795390000.5, ("site-a", "site-b"), 1795390000500
+        "birds",
+        3,
+        "train",
+        ("class_context", "scale"),
+        "cd" * 32,
+        1795390000.5,
+        ("site-a", "site-b"),
+        1795390000500,
     ),
     "receipt": Receipt(
         "birds", "site-a", 3, "ef" * 32, "rejected", "norm", "its L2 norm is 2000, but at most 1000"

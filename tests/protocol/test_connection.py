@@ -111,6 +111,15 @@ def test_a_broker_without_mqtt_5_is_spoken_to_in_3_1_1(embedded: EmbeddedBroker)
         assert message.payload == b"hello"
 
 
+def test_only_what_was_subscribed_to_is_received(embedded: EmbeddedBroker) -> None:
+    with Connection(embedded.address, "one", subscriptions=["open/+"]) as one:
+        one.connect()
+        one.publish("open/a", b"retained", retain=True).wait(SECONDS)
+    with Connection(embedded.address, "two", subscriptions=["other/+"]) as two:
+        two.connect()
+        assert next_message(two, 1.0) is None
+
+
 def test_a_publication_reaches_the_other_and_completes(mosquitto: Mosquitto) -> None:
     one = Connection(mosquitto.address, "one", subscriptions=["open/+"])
     two = Connection(mosquitto.address, "two")

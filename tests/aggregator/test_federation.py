@@ -1,0 +1,299 @@
+"""A whole federation without a broker and without a clock."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedmpt.aggregator.federation import Federation, Outgoing
+from fedmpt.aggregator.store import Store, StoreError
+from fedmpt.protocol.codec import State, decode_state, state_digest
+from fedmpt.protocol.manifest import BundleManifest
+from fedmpt.protocol.messages import Manifest, Presence, Receipt, Round, from_json, to_json
+
+MakeSettings = Callable[..., object]
+MakeUpdate = Callable[..., bytes]
+
+
+class Site:
+    """The aggregator's side of a federation in one process, with hand-made clients."""
+
+    def __init__(
+        self,
+        bundle: BundleManifest,
+        state: State,
+        make_update: MakeUpdate,
+        settings: object,
+        folder: Path | None,
+    ) -> None:
+        self.bundle, self.initial, self.make_update, self.settings = bundle, state, make_update, settings
+        self.folder = folder
+        self.start()
+
+    def start(self) -> None:
+        self.store = Store(self.folder)
+        self.federation = Federation(self.store, self.bundle, self.initial, self.settings)
+
+    def restart(self) -> None:
+        self.store.close()
+        self.start()
+
+    def join(self, *clients: str, online: bool = True, bundle: str | None = None) -> Receipt | None:
+        receipt = None
+        for client in clients:
+            message = Presence("birds", client, online, bundle or self.bundle.digest, 10, {})
+            receipt = self.federation.presence(client, to_json(message))
+        return receipt
+
+    def update(self, client: str, **changes: object) -> bytes:
+        federation = self.federation
+        fields = {"names": tuple(federation.trainable)} | changes
+        return self.make_update(federation.state, client, federation.round.number, **fields)
+
+    def send(self, client: str, **changes: object) -> Receipt | None:
+        receipt = self.federation.receive(
+            self.federation.round.number, client, self.update(client, **changes)
+        )
+        self.federation.commit()
+        return receipt
+
+    def finish(self, clients: tuple[str, ...] = ("a", "b")) -> None:
+        now = 1000.0
+        while not self.federation.finished:
+            now += 1
+            self.federation.tick(now)
+            for client in clients:
+                self.send(client)
+
+
+@pytest.fixture
+def begin(
+    bundle: BundleManifest, state: State, make_update: MakeUpdate, make_settings: MakeSettings, tmp_path: Path
+) -> Callable[..., Site]:
+    numbers = itertools.count()
+
+    def make(durable: bool = False, **changes: object) -> Site:
+        folder = tmp_path / f"store-{next(numbers)}" if durable else None
+        return Site(bundle, state, make_update, make_settings(**changes), folder)
+
+    return make
+
+
+def opened(begin: Callable[..., Site], **changes: object) -> Site:
+    site = begin(**changes)
+    site.join("a", "b")
+    site.federation.tick(0.0)
+    return site
+
+
+def by_topic(messages: list[Outgoing]) -> dict[str, bytes]:
+    return {message.topic.removeprefix("fedmpt/v1/birds/"): message.payload for message in messages}
+
+
+def test_a_client_can_join_from_the_retained_topics_alone(
+    begin: Callable[..., Site], bundle: BundleManifest
+) -> None:
+    site = opened(begin)
+    retained = by_topic(site.federation.retained())
+    assert from_json(Manifest, retained["manifest"], "").bundle == bundle.digest
+    message = from_json(Round, retained["round"], "")
+    assert (message.round, message.phase, message.clients) == (0, "calibrate", ("a", "b"))
+    assert message.trainable == ("bias", "scale")
+    assert state_digest(decode_state(retained["state/0"], bundle.state)) == message.state
+
+
+def test_the_state_is_published_before_its_round_and_the_old_one_deleted_after(
+    begin: Callable[..., Site],
+) -> None:
+    site = opened(begin)
+    site.send("a")
+    site.send("b")
+    messages = site.federation.tick(1.0)
+    names = [message.topic.removeprefix("fedmpt/v1/birds/") for message in messages]
+    assert names == ["state/1", "round", "state/0"]
+    assert messages[-1].payload == b""
+
+
+def test_while_clients_are_missing_the_round_names_nobody(begin: Callable[..., Site]) -> None:
+    site = begin()
+    site.join("a")
+    assert site.federation.tick(0.0) == []
+    assert from_json(Round, by_topic(site.federation.retained())["round"], "").clients == ()
+    assert site.federation.status(0.0).waiting == "waiting for 1 more client to begin"
+    site.join("b")
+    assert site.federation.tick(1.0) != []
+
+
+def test_an_update_is_accepted_once(begin: Callable[..., Site]) -> None:
+    site = opened(begin)
+    assert site.send("a").status == "accepted"
+    again = site.send("a", samples=99)
+    assert (again.status, again.reason) == ("duplicate", "this round has the client's update")
+    assert site.federation.status(0.0).received == 1
+
+
+def test_a_late_update_is_stale(begin: Callable[..., Site]) -> None:
+    site = opened(begin, deadline=60.0)
+    late = site.update("b")
+    site.send("a")
+    site.federation.tick(60.0)
+    assert site.federation.round.number == 1
+    assert site.federation.receive(0, "b", late).status == "stale"
+
+
+def test_a_refusal_names_the_check_and_the_round_goes_on(begin: Callable[..., Site]) -> None:
+    site = opened(begin)
+    receipt = site.send("a", step=1e6)
+    assert (receipt.status, receipt.check) == ("rejected", "norm")
+    assert site.send("a").status == "accepted"
+
+
+def test_a_client_over_the_limit_of_refusals_is_muted_for_the_round(begin: Callable[..., Site]) -> None:
+    site = opened(begin, refusals=3)
+    receipts = [site.send("b", step=1e6) for _ in range(6)]
+    assert [receipt is None for receipt in receipts] == [False] * 4 + [True] * 2
+    assert "muted until the round ends" in receipts[3].reason
+    assert site.send("b") is None
+    assert site.federation.status(0.0).muted == 1
+    site.send("a")
+    site.federation.tick(1.0)
+    assert site.federation.round.number == 1, "nobody waits for a muted client"
+    assert site.send("b").status == "accepted"
+
+
+def test_a_client_of_another_bundle_is_told_so_and_not_chosen(begin: Callable[..., Site]) -> None:
+    site = begin()
+    receipt = site.join("a", bundle="00" * 32)
+    assert (receipt.status, receipt.check) == ("rejected", "bundle")
+    assert "copy the aggregator's bundle folder" in receipt.reason
+    assert site.federation.present() == []
+
+
+def test_a_presence_in_another_clients_name_is_refused(
+    begin: Callable[..., Site], bundle: BundleManifest
+) -> None:
+    site = begin()
+    message = Presence("birds", "a", True, bundle.digest, 10, {})
+    assert site.federation.presence("b", to_json(message)).check == "identity"
+
+
+def test_when_all_clients_are_gone_it_waits_says_so_and_goes_on(begin: Callable[..., Site]) -> None:
+    site = opened(begin)
+    site.join("a", "b", online=False)
+    assert site.federation.tick(1e6) == []
+    assert site.federation.status(0.0).waiting == "waiting for absent clients: a, b"
+    site.join("a", "b")
+    assert site.federation.status(0.0).waiting == ""
+    site.send("a")
+    site.send("b")
+    site.federation.tick(2e6)
+    assert site.federation.round.number == 1
+
+
+def test_a_deadline_without_updates_renews_the_round_with_those_present(begin: Callable[..., Site]) -> None:
+    site = opened(begin, deadline=60.0)
+    site.join("b", online=False)
+    site.join("c")
+    before = site.federation.digest
+    messages = by_topic(site.federation.tick(60.0))
+    message = from_json(Round, messages["round"], "")
+    assert (message.round, message.clients, message.deadline) == (0, ("a", "c"), 120.0)
+    assert message.state == before
+
+
+def test_a_late_joiner_takes_part_from_the_next_round(begin: Callable[..., Site]) -> None:
+    site = opened(begin)
+    site.join("c")
+    assert site.send("c").check == "chosen"
+    site.send("a")
+    site.send("b")
+    site.federation.tick(1.0)
+    assert site.federation.round.chosen == ("a", "b", "c")
+
+
+def test_calibration_moves_scale_and_bias_alone(begin: Callable[..., Site], state: State) -> None:
+    site = opened(begin)
+    site.send("a")
+    site.send("b")
+    site.federation.tick(1.0)
+    changed = {name for name in state if not np.array_equal(state[name], site.federation.state[name])}
+    assert changed == {"bias", "scale"}
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "weighted", "fedadam", "median", "multi-krum", "norm-clip"])
+def test_the_order_of_arrival_changes_no_bit(strategy: str, begin: Callable[..., Site]) -> None:
+    clients = ("a", "b", "c", "d", "e")
+    digests = set()
+    for order in (clients, clients[::-1], ("c", "a", "e", "b", "d")):
+        site = begin(strategy=strategy, clients_min=5)
+        site.join(*order)
+        site.finish(order)
+        digests.add(site.federation.digest)
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "fedavgm", "fedyogi"])
+def test_restarts_at_every_step_change_no_bit(strategy: str, begin: Callable[..., Site]) -> None:
+    undisturbed = begin(strategy=strategy)
+    undisturbed.join("a", "b")
+    undisturbed.finish()
+    site = begin(durable=True, strategy=strategy)
+    now = 0.0
+    while not site.federation.finished:
+        site.join("a", "b")
+        now += 1
+        site.federation.tick(now)
+        site.restart()
+        site.send("a")
+        site.restart()
+        assert site.send("a").status == "duplicate"
+        site.send("b")
+        site.restart()
+        site.federation.tick(now + 0.5)
+    assert site.federation.digest == undisturbed.federation.digest
+
+
+def test_history_has_the_sample_weighted_metrics_and_the_bytes(begin: Callable[..., Site]) -> None:
+    site = opened(begin)
+    sizes = {
+        client: len(site.update(client, metrics={"mAP": value})) for client, value in (("a", 0.2), ("b", 0.6))
+    }
+    base = site.federation.digest
+    site.send("a", metrics={"mAP": 0.2}, samples=30)
+    site.send("b", metrics={"mAP": 0.6})
+    site.federation.tick(7.0)
+    (line,) = site.store.history()
+    assert line["bytes"] == pytest.approx(sizes, abs=1)
+    assert line["metrics"] == {"mAP": pytest.approx(0.4)}
+    assert (line["round"], line["phase"], line["seconds"], line["received"]) == (0, "calibrate", 7.0, 2)
+    assert (line["samples"], line["validation_samples"]) == (40, 8)
+    assert (line["base"], line["state"]) == (base, site.federation.digest)
+
+
+def test_the_end_is_announced_with_the_final_state(
+    begin: Callable[..., Site], bundle: BundleManifest
+) -> None:
+    site = begin()
+    site.join("a", "b")
+    site.finish()
+    retained = by_topic(site.federation.retained())
+    message = from_json(Round, retained["round"], "")
+    assert (message.round, message.phase, message.clients) == (4, "finished", ())
+    assert (
+        state_digest(decode_state(retained["state/4"], bundle.state))
+        == message.state
+        == site.federation.digest
+    )
+    assert site.send("a").status == "stale"
+
+
+def test_a_store_of_another_strategy_is_refused(
+    begin: Callable[..., Site], make_settings: MakeSettings, bundle: BundleManifest, state: State
+) -> None:
+    site = begin()
+    with pytest.raises(StoreError, match="begun with strategy"):
+        Federation(site.store, bundle, state, make_settings(strategy="median"))

@@ -1,0 +1,240 @@
+"""The aggregator's server against a real mosquitto, with hand-driven clients."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fedmpt.aggregator.federation import Federation
+from fedmpt.aggregator.server import connect, serve
+from fedmpt.aggregator.store import Store
+from fedmpt.protocol.address import BrokerAddress, parse_broker
+from fedmpt.protocol.codec import State, decode_state, state_digest
+from fedmpt.protocol.connection import Connection
+from fedmpt.protocol.events import Connected, Message, PayloadTooLarge
+from fedmpt.protocol.manifest import BundleManifest
+from fedmpt.protocol.messages import Presence, Receipt, Round, Status, from_json, to_json
+from fedmpt.protocol.topics import Topics
+
+SECONDS = 30.0
+TOPICS = Topics("birds")
+
+
+class Client:
+    """A hand-driven client: it sends what its test says, and remembers what it was sent."""
+
+    def __init__(self, address: BrokerAddress, name: str, bundle: BundleManifest) -> None:
+        self.name, self.bundle = name, bundle
+        self.round: Round | None = None
+        self.status: Status | None = None
+        self.states: dict[str, State] = {}
+        self.receipts: list[Receipt] = []
+        self.connection = Connection(
+            address,
+            name,
+            subscriptions=(TOPICS.round, TOPICS.all_states, TOPICS.receipt(name), TOPICS.status),
+            will=(TOPICS.presence(name), self._presence(False)),
+        )
+        self.connection.connect()
+        self.say(True)
+
+    def _presence(self, online: bool) -> bytes:
+        return to_json(Presence("birds", self.name, online, self.bundle.digest, 10, {}))
+
+    def say(self, online: bool) -> None:
+        self.connection.publish(TOPICS.presence(self.name), self._presence(online), retain=True)
+
+    def until(self, reached: Callable[[Client], object]) -> None:
+        end = time.monotonic() + SECONDS
+        while not reached(self):
+            assert time.monotonic() < end, f"{self.name}: {self.round}, {self.receipts}"
+            event = self.connection.receive(0.1)
+            if isinstance(event, Connected):
+                self.say(True)
+            if isinstance(event, Message):
+                self._take(event)
+                self.connection.acknowledge(event)
+
+    def _take(self, message: Message) -> None:
+        if message.topic == TOPICS.round:
+            self.round = from_json(Round, message.payload, message.topic)
+        elif message.topic == TOPICS.status:
+            self.status = from_json(Status, message.payload, message.topic)
+        elif message.topic == TOPICS.receipt(self.name):
+            self.receipts.append(from_json(Receipt, message.payload, message.topic))
+        elif message.payload:
+            state = decode_state(message.payload, self.bundle.state)
+            self.states[state_digest(state)] = state
+
+    def in_round(self, number: int) -> None:
+        self.until(
+            lambda me: (
+                me.round
+                and me.round.round == number
+                and me.round.state in me.states
+                and (me.round.phase == "finished" or me.name in me.round.clients)
+            )
+        )
+
+    def publish(self, payload: bytes) -> None:
+        assert self.round
+        self.connection.publish(TOPICS.update(self.round.round, self.name), payload)
+
+    def answer(self, make_update: Callable[..., bytes], **changes: object) -> Receipt:
+        assert self.round
+        fields = {"names": self.round.trainable} | changes
+        self.publish(make_update(self.states[self.round.state], self.name, self.round.round, **fields))
+        before = len(self.receipts)
+        self.until(lambda me: len(me.receipts) > before)
+        return self.receipts[-1]
+
+
+class Server:
+    """An aggregator in a thread."""
+
+    def __init__(self, federation: Federation, connection: Connection) -> None:
+        self.federation, self.stop, self.finished = federation, threading.Event(), False
+        self.thread = threading.Thread(target=self._run, args=(connection,))
+        self.thread.start()
+
+    def _run(self, connection: Connection) -> None:
+        with connection:
+            self.finished = serve(self.federation, connection, stop=self.stop)
+
+    def join(self) -> None:
+        self.thread.join(SECONDS)
+        assert not self.thread.is_alive()
+
+
+@pytest.fixture
+def address(mosquitto) -> BrokerAddress:
+    return parse_broker(mosquitto.url)
+
+
+@pytest.fixture
+def server(
+    address: BrokerAddress,
+    bundle: BundleManifest,
+    state: State,
+    make_settings: Callable[..., object],
+    tmp_path: Path,
+) -> Iterator[Server]:
+    with Store(tmp_path / "store") as store:
+        federation = Federation(store, bundle, state, make_settings())
+        running = Server(federation, connect(address, federation))
+        yield running
+        running.stop.set()
+        running.join()
+
+
+@pytest.fixture
+def clients(address: BrokerAddress, bundle: BundleManifest, server: Server) -> Iterator[list[Client]]:
+    made = [Client(address, name, bundle) for name in ("a", "b")]
+    yield made
+    for client in made:
+        client.connection.close()
+
+
+def test_a_federation_runs_to_its_end(
+    server: Server, clients: list[Client], make_update: Callable[..., bytes]
+) -> None:
+    for number in range(4):
+        for client in clients:
+            client.in_round(number)
+            assert client.answer(make_update).status == "accepted"
+    for client in clients:
+        client.in_round(4)
+    assert clients[0].round is not None
+    assert clients[0].round.phase == "finished"
+    assert clients[0].round.state == server.federation.digest
+    server.join()
+    assert server.finished
+
+
+def test_a_repeated_update_is_a_duplicate_and_a_bad_one_is_refused(
+    server: Server, clients: list[Client], make_update: Callable[..., bytes]
+) -> None:
+    a, b = clients
+    a.in_round(0)
+    b.in_round(0)
+    assert a.answer(make_update).status == "accepted"
+    assert a.answer(make_update).status == "duplicate"
+    refused = b.answer(make_update, step=1e9)
+    assert (refused.status, refused.check) == ("rejected", "norm")
+    assert b.answer(make_update).status == "accepted"
+
+
+def test_rubbish_does_not_stop_the_server(
+    server: Server, clients: list[Client], make_update: Callable[..., bytes]
+) -> None:
+    a, b = clients
+    a.in_round(0)
+    b.in_round(0)
+    for topic in (
+        TOPICS.presence("c"),
+        TOPICS.update(0, "c"),
+        f"{TOPICS.root}/update/x/..",
+        TOPICS.update(0, "b"),
+    ):
+        for payload in (b"", b"{", b"\xff" * 1000, b"[" * 5000):
+            a.connection.publish(topic, payload)
+    a.answer(make_update)
+    b.answer(make_update)  # its topic had rubbish too, so refusals come first
+    b.until(lambda me: me.receipts[-1].status == "accepted")
+    a.in_round(1)
+
+
+def test_the_status_topic_tells_where_it_stands(server: Server, clients: list[Client]) -> None:
+    a, b = clients
+    a.in_round(0)
+    b.say(False)
+    a.until(lambda me: me.status and me.status.present == 1)
+    assert a.status is not None
+    assert (a.status.online, a.status.round, a.status.phase, a.status.chosen) == (True, 0, "calibrate", 2)
+
+
+def test_after_a_broker_restart_everything_is_published_again(
+    mosquitto, server: Server, clients: list[Client], make_update: Callable[..., bytes]
+) -> None:
+    a, b = clients
+    a.in_round(0)
+    b.in_round(0)
+    assert a.answer(make_update).status == "accepted"
+    mosquitto.kill()  # without persistence: sessions and retained messages are gone
+    a.round = b.round = None
+    mosquitto.start()
+    a.in_round(0)
+    b.in_round(0)
+    assert b.answer(make_update).status == "accepted"
+    a.in_round(1)
+    b.in_round(1)
+
+
+def test_a_stop_says_offline_and_keeps_the_round(
+    server: Server, clients: list[Client], make_update: Callable[..., bytes]
+) -> None:
+    a, b = clients
+    a.in_round(0)
+    b.in_round(0)
+    assert a.answer(make_update).status == "accepted"
+    server.stop.set()
+    server.join()
+    a.until(lambda me: me.status and not me.status.online)
+    assert not server.finished
+    assert server.federation.status(0.0).received == 1
+
+
+def test_a_broker_that_would_not_take_an_update_is_refused_at_the_start(
+    mosquitto, bundle: BundleManifest, state: State, make_settings: Callable[..., object], tmp_path: Path
+) -> None:
+    mosquitto.kill()
+    mosquitto.configuration.write_text(mosquitto.configuration.read_text() + "max_packet_size 2000\n")
+    mosquitto.start()
+    with Store(None) as store:
+        federation = Federation(store, bundle, state, make_settings())
+        with pytest.raises(PayloadTooLarge, match="the broker takes at most 2000"):
+            connect(parse_broker(mosquitto.url), federation)

@@ -1,0 +1,131 @@
+"""What survives: kills, restarts, and attempts to use a store for something else."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedmpt.aggregator.rounds import RoundState
+from fedmpt.aggregator.store import Store, StoreError
+
+WAITING = RoundState(1, "train", None, None, ())
+OPEN = RoundState(1, "train", 10.0, 70.0, ("a", "b"))
+
+
+def test_a_new_store_holds_nothing(tmp_path: Path) -> None:
+    with Store(tmp_path / "new") as store:
+        assert store.load() is None
+        assert store.clients() == set()
+        assert store.history() == []
+
+
+def test_all_comes_back_after_a_restart(tmp_path: Path) -> None:
+    memory = {"first.scale": np.asarray(0.125), "second.a": np.ones((2, 2))}
+    with Store(tmp_path) as store:
+        store.close_round(WAITING, b"state", memory, {"round": 0, "received": 2})
+        store.save_round(OPEN)
+        store.add_update("b", b"of b")
+        store.add_update("a", b"of a")
+    with Store(tmp_path) as store:
+        loaded = store.load()
+        assert loaded is not None
+        assert loaded[:2] == (OPEN, b"state")
+        assert {name: value.tolist() for name, value in loaded[2].items()} == {
+            "first.scale": 0.125,
+            "second.a": [[1.0, 1.0], [1.0, 1.0]],
+        }
+        assert list(store.updates()) == [("a", b"of a"), ("b", b"of b")]
+        assert store.history() == [{"round": 0, "received": 2}]
+
+
+def test_closing_a_round_drops_its_updates(tmp_path: Path) -> None:
+    with Store(tmp_path) as store:
+        store.close_round(WAITING, b"state", {}, None)
+        store.add_update("a", b"of a")
+        store.close_round(RoundState(2, "train", None, None, ()), b"next", {}, {"round": 1})
+        assert store.clients() == set()
+
+
+def test_history_is_repeated_as_json_lines(tmp_path: Path) -> None:
+    with Store(tmp_path) as store:
+        store.close_round(WAITING, b"state", {}, {"round": 0})
+        store.close_round(WAITING, b"state", {}, {"round": 1})
+    lines = (tmp_path / "history.jsonl").read_text().splitlines()
+    assert [json.loads(line)["round"] for line in lines] == [0, 1]
+
+
+def test_history_lost_in_a_kill_is_written_again(tmp_path: Path) -> None:
+    with Store(tmp_path) as store:
+        store.close_round(WAITING, b"state", {}, {"round": 0})
+    (tmp_path / "history.jsonl").write_text('{"rou')
+    Store(tmp_path).close()
+    assert json.loads((tmp_path / "history.jsonl").read_text())["round"] == 0
+
+
+def test_what_was_committed_survives_sigkill_and_what_was_not_does_not(tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys; from pathlib import Path; from fedmpt.aggregator.store import Store; "
+        "store = Store(Path(sys.argv[1])); store.add_update('a', b'1'); store.add_update('b', b'2'); "
+        "store.commit(); store.add_update('c', b'3'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    with Store(tmp_path) as store:
+        assert store.clients() == {"a", "b"}
+
+
+def test_a_second_aggregator_is_kept_out(tmp_path: Path) -> None:
+    with Store(tmp_path), pytest.raises(StoreError, match="another aggregator is using this store"):
+        Store(tmp_path)
+
+
+def test_another_set_up_is_refused_with_the_difference(tmp_path: Path) -> None:
+    with Store(tmp_path) as store:
+        store.bind({"federation": "birds", "strategy": "uniform"})
+    with Store(tmp_path) as store:
+        store.bind({"federation": "birds", "strategy": "uniform"})
+        with pytest.raises(StoreError, match="begun with strategy uniform, not median"):
+            store.bind({"federation": "birds", "strategy": "median"})
+
+
+def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
+    (tmp_path / "federation.sqlite").write_bytes(b"no database" * 1000)
+    with pytest.raises(StoreError, match="the store cannot be read or written"):
+        Store(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists() or os.geteuid() != 0, reason="mounting needs root")
+def test_a_full_disk_is_a_clear_error(tmp_path: Path) -> None:
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(tmp_path)], check=False)
+    if mounted.returncode:
+        pytest.skip("this machine does not let tests mount a small file system")
+    try:
+        store = Store(tmp_path)
+        store.add_update("a", b"x" * 1000)
+        store.commit()
+        with pytest.raises(StoreError, match="check free disk space"):
+            fill(store)
+        store.close()
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def fill(store: Store) -> None:
+    for number in range(100):
+        store.add_update(f"site-{number}", b"x" * 50_000)
+        store.commit()
+
+
+def test_a_store_in_memory_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with Store(None) as store:
+        store.add_update("a", b"1")
+        store.close_round(WAITING, b"state", {}, {"round": 0})
+    assert list(tmp_path.iterdir()) == []
