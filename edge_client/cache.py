@@ -95,7 +95,9 @@ def open_cache(path: Path, manifest: BundleManifest) -> FeatureCache:
     view = [row for row in rows if row.labels is not None]
     sound = [row.slot for row in view] == list(range(meta.photos))
     if not sound or any(len(row.labels or b"") != len(meta.labels) for row in view):
-        raise CacheError(f"{path}: the index is damaged; delete the folder and run `fedmpt cache` again")
+        raise CacheError(
+            f"{path}: the index does not fit the cache; run `fedmpt cache` again, in a new folder if that does not help"
+        )
     damaged = cache_store.damaged_slots(path, meta, view)
     if damaged:
         raise CacheError(
