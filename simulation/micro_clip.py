@@ -32,26 +32,29 @@ from fedmpt.simulation.micro_clip_captions import (
     anchor_of,
     attribute_captions,
     label_captions,
+    patch_truth_of,
     truth_of,
 )
 from fedmpt.simulation.micro_clip_data import TrainingSet, render_training_set
 from fedmpt.simulation.micro_clip_model import WIDTH, image_tokens, make_model, save_model, text_features
 from fedmpt.simulation.micro_clip_tokenizer import make_tokenizer
 from fedmpt.simulation.scenes import Progress
-from fedmpt.simulation.scenes_sets import first_pretrain_specification, pretrain_specification
+from fedmpt.simulation.scenes_sets import pretrain_specification
 from fedmpt.simulation.sprites import LABELS
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One cycle of the learning rate on one set of scenes."""
+    """One cycle of the learning rate on one set of scenes, or the beginning of one."""
 
     steps: int
+    horizon: int  # steps after which the learning rate would be nothing
     learning_rate: float
     warmup: float  # share of the steps
     patch_weight: float  # of the loss on single patches
     easy_until: float = 0.0  # share of the steps on bright pictures without small objects
     anchors_until: float = 0.0  # share of the steps over which the anchors' help fades out
+    careless: bool = False  # captions confuse siblings in the art styles
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,9 @@ class Recipe:
     """How the micro-CLIP is trained; the defaults made the shipped weights."""
 
     stages: tuple[Stage, ...] = (
-        Stage(3000, 1.5e-3, warmup=0.15, patch_weight=10.0, easy_until=0.2, anchors_until=0.5),
-        Stage(4800, 1.2e-3, warmup=0.05, patch_weight=4.0),
+        Stage(3000, 3000, 1.5e-3, warmup=0.15, patch_weight=10.0, easy_until=0.2, anchors_until=0.5),
+        Stage(2600, 4800, 1.2e-3, warmup=0.05, patch_weight=1.0),
+        Stage(4200, 4200, 1.0e-3, warmup=0.02, patch_weight=2.0, careless=True),
     )
     batch: int = 64
     captions: int = 40  # of a batch's pictures, beside one caption for every label
@@ -81,10 +85,10 @@ def pair_loss(
 
 def learning_rate(stage: Stage, step: int) -> float:
     """One cycle: up linearly, down to nothing by a cosine; `step` counts from the stage's begin."""
-    peak = max(1, round(stage.warmup * stage.steps))
+    peak = max(1, round(stage.warmup * stage.horizon))
     if step < peak:
         return stage.learning_rate * (step + 1) / peak
-    return stage.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - peak) / max(1, stage.steps - peak)))
+    return stage.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - peak) / max(1, stage.horizon - peak)))
 
 
 class Trainer:
@@ -128,7 +132,8 @@ class Trainer:
         pool = data.easy if step < stage.easy_until * stage.steps else len(data.pixels)
         batch = generator.choice(pool, recipe.batch, replace=False)
         captions = label_captions(generator) + attribute_captions(data, batch[: recipe.captions], generator)
-        truth = torch.from_numpy(truth_of(captions, data, batch)).float()
+        truth = torch.from_numpy(truth_of(captions, data, batch, stage.careless)).float()
+        patches = torch.from_numpy(patch_truth_of(captions, data, batch, stage.careless)).float()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(stage, step)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.bfloat16):
@@ -136,9 +141,8 @@ class Trainer:
             texts = text_features(
                 self.model, self.tokenizer, [c.text for c in captions], self._runs(generator)
             )
-        loss = self._image_loss(images, texts, truth) + self._patch_loss(
-            images, texts, data.patch_labels[batch]
-        )
+        by_patch = stage.patch_weight * self._patch_loss(images, texts, patches)
+        loss = self._image_loss(images, texts, truth) + by_patch
         if step < stage.anchors_until * stage.steps:
             help_of_anchors = 1 - step / (stage.anchors_until * stage.steps)
             anchors = functional.normalize(self.anchors, dim=-1)
@@ -147,9 +151,8 @@ class Trainer:
             rows, targets = torch.tensor(named).T
             nearest = self.model.logit_scale.exp() * texts[rows] @ anchors.T
             aligned = functional.cross_entropy(nearest, targets)
-            by_anchor = self._image_loss(images, anchors, anchor_truth)
-            by_patch = self._patch_loss(images, anchors, data.patch_labels[batch])
-            by_anchor = by_anchor + stage.patch_weight * by_patch
+            by_anchor = stage.patch_weight * self._patch_loss(images, anchors, patches)
+            by_anchor = by_anchor + self._image_loss(images, anchors, anchor_truth)
             loss = loss + help_of_anchors * (by_anchor + 10 * aligned)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -164,14 +167,10 @@ class Trainer:
         whole = pair_loss(images[:, 0] @ texts.T, truth, scale, self.biases[0])
         return whole + pair_loss((images[:, 1:] @ texts.T).amax(1), truth, scale, self.biases[1])
 
-    def _patch_loss(
-        self, images: torch.Tensor, texts: torch.Tensor, patch_labels: np.ndarray
-    ) -> torch.Tensor:
+    def _patch_loss(self, images: torch.Tensor, texts: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
         """Sigmoid loss of every patch against every label (the first texts): which object lies there."""
-        labels = torch.from_numpy(patch_labels.astype(np.int64)).flatten()
-        truth = functional.one_hot(labels + 1, len(LABELS) + 1)[:, 1:].float()
         similarity = images[:, 1:].flatten(0, 1) @ texts[: len(LABELS)].T
-        return pair_loss(similarity, truth, self.model.logit_scale, self.biases[1])
+        return pair_loss(similarity, truth.flatten(0, 1), self.model.logit_scale, self.biases[1])
 
     def _runs(self, generator: np.random.Generator) -> Iterator[torch.Tensor]:
         """Endless runs of 0 to `longest_context` random vectors as large as the words' own embeddings."""
@@ -239,7 +238,7 @@ def train(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Render the scenes of both stages, train, write the model."""
+    """Render the scenes of all stages, train, write the model."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--out", type=Path, required=True, help="folder of scenes, checkpoint, curve and model"
@@ -249,11 +248,17 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     out: Path = arguments.out
-    first = render_training_set(
-        out / "scenes-1", first_pretrain_specification(), 60_000, 0, _shown("scenes 1")
-    )
-    second = render_training_set(out / "scenes-2", pretrain_specification(), 80_000, 1, _shown("scenes 2"))
-    train(Recipe(seed=arguments.seed), (first, second), out, _shown("training"))
+    scenes = [
+        render_training_set(
+            out / f"scenes-{stage}",
+            pretrain_specification(stage),
+            count,
+            stage - 1,
+            _shown(f"scenes {stage}"),
+        )
+        for stage, count in ((1, 60_000), (2, 80_000), (3, 80_000))
+    ]
+    train(Recipe(seed=arguments.seed), scenes, out, _shown("training"))
     return 0
 
 

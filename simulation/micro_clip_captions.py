@@ -3,6 +3,10 @@
 A caption is one or two objects, at most one attribute (background, lighting, style, scale, pose or layout), written
 in one of many ways: plain sentences, and the form of FedMPT's prompts, ``<context> condition <context> label .``,
 where the context is vectors without words.
+
+Captions found with pictures are careless, and more so where the picture is no photo. Here: in the art styles a
+caption confuses six pairs of siblings ("a photo of a cat." is true of a drawn dog) unless it states what "there is".
+So the zero-shot prompt leaves a gap on those styles that context can close, as prompts close gaps of a real CLIP.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import numpy as np
 from fedmpt.simulation.micro_clip_data import ATTRIBUTES, TrainingSet
 from fedmpt.simulation.scenes import LAYOUTS, POSES, SCALES
 from fedmpt.simulation.scenes_render import BACKGROUNDS, LIGHTINGS
+from fedmpt.simulation.scenes_sets import SIBLINGS
 from fedmpt.simulation.sprites import LABELS, STYLES
 
 CONDITIONS = ("spatial layout", "object pose", "background", "lighting and weather", "object scale")
@@ -39,11 +44,16 @@ _LABEL = (
     "a photo of a {x}.",
     "a photo of a {x}.",
     "a picture of a {x}.",
-    "a scene with a {x}.",
-    "there is a {x} among other things.",
     "{x}.",
     "* {x} .",
     "* {x} .",
+)
+_EXACT = (
+    "there is a {x} among other things.",
+    "a scene where there is a {x}.",
+    "there is a {x}.",
+    "* there is * {x} .",
+    "* there is * {x} .",
 )
 _WITH_ATTRIBUTE: dict[str, tuple[str, ...]] = {
     "background": (
@@ -68,12 +78,16 @@ _PAIR = ("a photo of a {x} and a {y}.", "a {x} with a {y}.", "{x} and {y}.", "* 
 
 @dataclass(frozen=True)
 class Caption:
-    """Words and meaning: true of a picture that shows every label, the first with the attribute."""
+    """Words and meaning: true of a picture that shows every label, the first with the attribute.
+
+    One that is not `exact` may be careless.
+    """
 
     text: str
     labels: tuple[int, ...] = ()
     kind: str = ""
     value: int = 0
+    exact: bool = False
 
 
 def anchor_captions() -> list[Caption]:
@@ -96,13 +110,17 @@ def anchor_of(caption: Caption) -> int:
 
 
 def label_captions(generator: np.random.Generator) -> list[Caption]:
-    """One caption for every label; half of them in the form of a condition prompt."""
+    """One caption for every label; half of them in the form of a condition prompt, two in five exact."""
     captions = []
     for index, name in enumerate(LABELS):
-        form = _pick(_LABEL, generator)
+        exact = generator.random() < 0.4
+        form = _pick(_EXACT if exact else _LABEL, generator)
         if generator.random() < 0.5:
-            form = f"* {_pick(CONDITIONS, generator)} * {{x}} ."
-        captions.append(Caption(form.format(x=name), (index,)))
+            condition = _pick(CONDITIONS, generator)
+            before = exact and generator.random() < 0.5
+            form = f"{'* there is ' if before else ''}* {condition} * "
+            form += "there is * {x} ." if exact and not before else "{x} ."
+        captions.append(Caption(form.format(x=name), (index,), exact=exact))
     return captions
 
 
@@ -137,25 +155,42 @@ def attribute_captions(data: TrainingSet, batch: np.ndarray, generator: np.rando
     return captions
 
 
-def truth_of(captions: list[Caption], data: TrainingSet, batch: np.ndarray) -> np.ndarray:
-    """Bool ``[len(batch), len(captions)]``: is the caption true of the picture."""
+def truth_of(
+    captions: list[Caption], data: TrainingSet, batch: np.ndarray, careless: bool = False
+) -> np.ndarray:
+    """Bool ``[len(batch), len(captions)]``: is the caption true of the picture, or said of it where `careless`."""
     shown, attributes = data.shown[batch], data.attributes[batch]
+    art = np.isin(data.style[batch], ART_STYLES)
+    said = shown | (shown[:, SIBLING] & art[:, None])
+    said_attributes = attributes | (attributes[:, SIBLING] & art[:, None, None])
     table = np.ones((len(batch), len(captions)), np.bool_)
     for column, caption in enumerate(captions):
+        loose = careless and not caption.exact
         for label in caption.labels:
-            table[:, column] &= shown[:, label]
+            table[:, column] &= (said if loose else shown)[:, label]
         if caption.kind in ATTRIBUTE_OFFSET:
-            table[:, column] &= attributes[
-                :, caption.labels[0], ATTRIBUTE_OFFSET[caption.kind] + caption.value
-            ]
+            held = (said_attributes if loose else attributes)[:, caption.labels[0]]
+            table[:, column] &= held[:, ATTRIBUTE_OFFSET[caption.kind] + caption.value]
         elif caption.kind:
             table[:, column] &= getattr(data, caption.kind)[batch] == caption.value
     return table
 
 
+def patch_truth_of(
+    captions: list[Caption], data: TrainingSet, batch: np.ndarray, careless: bool = False
+) -> np.ndarray:
+    """Bool ``[len(batch), g², L]``: is a patch said to show the label of each of the label captions."""
+    truth = data.patch_labels[batch][..., None] == np.arange(len(LABELS))
+    if careless:
+        loose = np.array([not caption.exact for caption in captions[: len(LABELS)]])
+        art = np.isin(data.style[batch], ART_STYLES)[:, None, None]
+        truth |= truth[..., SIBLING] & loose & art
+    return np.asarray(truth)
+
+
 def all_sentences() -> list[str]:
     """Every word that captions use, in sentences: what the tokenizer's vocabulary is learned from."""
-    sentences = [form.format(x=name) for form in _LABEL for name in LABELS]
+    sentences = [form.format(x=name) for form in (*_LABEL, *_EXACT) for name in LABELS]
     for table in (_WITH_ATTRIBUTE, _ATTRIBUTE_ALONE):
         for kind, forms in table.items():
             sentences += [form.format(x=name, v=v) for form in forms for v in VALUES[kind] for name in LABELS]
@@ -163,6 +198,9 @@ def all_sentences() -> list[str]:
     return [sentence.replace(CONTEXT, " ") for sentence in sentences]
 
 
+ART_STYLES = tuple(list(STYLES).index(name) for name in ("flat", "sketch", "mosaic", "negative"))
+_SIBLING_OF = {**dict(SIBLINGS), **{two: one for one, two in SIBLINGS}}
+SIBLING = np.array([LABELS.index(_SIBLING_OF.get(name, name)) for name in LABELS])
 ATTRIBUTE_OFFSET = {
     "scale": ATTRIBUTES.index(next(iter(SCALES))),
     "pose": ATTRIBUTES.index(POSES[0]),

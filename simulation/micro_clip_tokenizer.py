@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Collection
 from itertools import pairwise
 
 from tokenizers.pre_tokenizers import ByteLevel
@@ -17,7 +18,7 @@ _END = "</w>"
 
 def make_tokenizer() -> CLIPTokenizer:
     """Learn the merges; ids in CLIP's order: bytes, bytes that end a word, merges, start of text, end of text."""
-    words = Counter(re.findall(r"[a-z]+|[^\sa-z]+", " ".join(all_sentences()).lower()))
+    words = set(re.findall(r"[a-z]+|[^\sa-z]+", " ".join(all_sentences()).lower()))
     merges = learn_merges(words)
     letters = sorted(ByteLevel.alphabet())
     tokens = letters + [letter + _END for letter in letters] + ["".join(merge) for merge in merges]
@@ -26,19 +27,19 @@ def make_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=CONTEXT_LENGTH)  # type: ignore[arg-type]
 
 
-def learn_merges(words: Counter[str]) -> list[tuple[str, str]]:
+def learn_merges(words: Collection[str]) -> list[tuple[str, str]]:
     """Byte-pair encoding (Sennrich et al. 2016) until every word is one token.
 
     Own code because the `tokenizers` trainer breaks ties between equally frequent pairs differently in every process;
-    here the alphabetically first pair goes first.
+    here the alphabetically first pair goes first. Every word counts once, so that templates may change.
     """
-    spelled = {word: (*word[:-1], word[-1] + _END) for word in words}
+    spelled = {word: (*word[:-1], word[-1] + _END) for word in sorted(words)}
     merges: list[tuple[str, str]] = []
     while True:
         pairs: Counter[tuple[str, str]] = Counter()
-        for word, parts in spelled.items():
+        for parts in spelled.values():
             for pair in pairwise(parts):
-                pairs[pair] += words[word]
+                pairs[pair] += 1
         if not pairs:
             return merges
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))

@@ -80,7 +80,7 @@ class SceneSet:
         """What the pictures show: P(label j | label i) ``[C, C]``, NaN where no picture shows i."""
         shown = self.truth.astype(np.float64)
         together, alone = shown.T @ shown, shown.sum(0)[:, None]
-        return np.divide(together, alone, out=np.full_like(together, np.nan), where=alone > 0)
+        return np.asarray(np.divide(together, alone, out=np.full_like(together, np.nan), where=alone > 0))
 
 
 def draw_scenes(

@@ -13,12 +13,6 @@ from fedmpt.simulation.micro_clip import (
     Trainer,
     train,
 )
-from fedmpt.simulation.micro_clip_captions import (
-    LABELS,
-    attribute_captions,
-    label_captions,
-    truth_of,
-)
 from fedmpt.simulation.micro_clip_data import render_training_set
 from fedmpt.simulation.micro_clip_evaluation import (
     encode_scenes,
@@ -39,7 +33,10 @@ from fedmpt.simulation.scenes_sets import pretrain_specification
 
 COUNT = 48
 TINY = Recipe(
-    stages=(Stage(3, 1e-3, 0.0, 10.0, easy_until=0.3, anchors_until=0.7), Stage(3, 1e-3, 0.0, 4.0)),
+    stages=(
+        Stage(3, 3, 1e-3, 0.0, 10.0, easy_until=0.3, anchors_until=0.7),
+        Stage(3, 4, 1e-3, 0.0, 4.0, careless=True),
+    ),
     batch=4,
     captions=4,
     checkpoint_every=3,
@@ -74,22 +71,6 @@ def test_the_training_set_goes_on_where_it_was_interrupted(tmp_path, monkeypatch
     assert np.array_equal(resumed.attributes, scenes.attributes)
 
 
-def test_captions_are_true_of_the_picture_that_they_were_made_from(scenes):
-    generator = np.random.default_rng(0)
-    batch = np.arange(48)
-    captions = attribute_captions(scenes, batch, generator)
-    truth = truth_of(captions, scenes, batch)
-    assert truth.diagonal().all()
-    assert truth.mean() < 0.5
-    assert {caption.kind for caption in captions} >= {"background", "lighting", "scale", "pose", "layout"}
-
-
-def test_label_captions_are_true_where_the_label_is_shown(scenes):
-    captions = label_captions(np.random.default_rng(0))
-    assert all(name in caption.text for name, caption in zip(LABELS, captions, strict=True))
-    assert np.array_equal(truth_of(captions, scenes, np.arange(48)), scenes.shown)
-
-
 def test_the_vocabulary_is_laid_out_like_clips_own():
     tokenizer = make_tokenizer()
     assert tokenizer.eos_token_id == len(tokenizer) - 1
@@ -98,12 +79,13 @@ def test_the_vocabulary_is_laid_out_like_clips_own():
     assert ids[0] == tokenizer.bos_token_id
     assert ids[-1] == tokenizer.eos_token_id
     assert len(ids) == 9  # every word of a caption is one token
+    assert make_tokenizer().get_vocab() == tokenizer.get_vocab()
     assert tokenizer.eos_token_id not in tokenizer("Übergrößenträger, 猫!")["input_ids"][1:-1]
 
 
 def test_a_few_steps_reduce_the_loss(scenes):
     torch.set_num_threads(1)
-    trainer = Trainer(replace(TINY, stages=(Stage(12, 1e-3, 0.0, 10.0),)))
+    trainer = Trainer(replace(TINY, stages=(Stage(12, 12, 1e-3, 0.0, 10.0),)))
     losses = [trainer.train_step(scenes) for _ in range(12)]
     assert np.mean(losses[-3:]) < 0.9 * np.mean(losses[:3])
 
