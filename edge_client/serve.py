@@ -23,7 +23,7 @@ from fedmpt.protocol.errors import FedmptError
 
 MAXIMUM_UPLOAD = 64 << 20  # bytes
 CONCURRENT_PHOTOS = 4  # uploads held in memory at a time; others wait
-SHOWN_TAGS = 8  # the most probable labels are shown, found or not
+SHOWN_TAGS = 8  # filled up with the most probable labels below their thresholds
 PHOTO_SIZE = 448  # pixels
 HEATMAP_SIZE = 224
 TIMEOUT = 30  # seconds that a silent connection is kept
@@ -67,14 +67,16 @@ def examine(tagger: Tagger, photo: bytes, name: str) -> dict[str, Any]:
     pixels = decode_pixels(photo, tagger.info.image_size, name)
     prediction = tagger.predict(pixels[None])
     probabilities = prediction.probabilities[0]
+    found = tagger.choose(probabilities)
+    others = [tag for tag in tagger.choose(probabilities, min_probability=0.0) if tag not in found]
     tags = []
-    for label, probability in tagger.choose(probabilities, top=SHOWN_TAGS, min_probability=0.0):
+    for label, probability in found + others[: max(0, SHOWN_TAGS - len(found))]:
         index = tagger.info.labels.index(label)
         tag: dict[str, Any] = {
             "label": label,
             "probability": probability,
             "threshold": tagger.info.thresholds[index],
-            "found": probability >= tagger.info.thresholds[index],
+            "found": len(tags) < len(found),
         }
         if prediction.heatmaps is not None:
             tag["heatmap"] = _data_url(layer(prediction.heatmaps[0, index], HEATMAP_SIZE), "PNG")

@@ -82,6 +82,15 @@ def test_what_is_shown_is_what_tag_says(tagger: Tagger) -> None:
     assert [(tag["label"], tag["probability"]) for tag in shown if tag["found"]] == tagger.tag(half_green())
 
 
+def test_what_was_found_stands_before_more_probable_labels_that_were_not(tagger: Tagger) -> None:
+    tags = examine(tagger, encoded(Image.new("RGB", (40, 40), (120, 110, 70))), "photo")["tags"]
+    assert [(tag["label"], tag["found"]) for tag in tags] == [
+        ("blue", True),
+        ("red", False),
+        ("green", False),
+    ]
+
+
 def test_something_else_than_a_photo_is_refused_with_the_reason(port: int) -> None:
     for body in (b"no photo", b"", encoded(half_green())[:80]):
         status, answer, _ = request(port, "POST", "/tag", body)
