@@ -70,22 +70,23 @@ def test_the_run_on_real_photos(tmp_path: Path, tiny_clip: Path) -> None:
     (tmp_path / "VOC2007").symlink_to(PHOTOS / "voc")
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(
-        ["bash", "-euc", script],
-        cwd=tmp_path,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        # The broker keeps the pipe open after the script has ended.
-        code = process.wait(SECONDS)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        output = process.communicate()[0]
-    assert code == 0, output
+    with (tmp_path / "output.txt").open("wb") as output:
+        process = subprocess.Popen(
+            ["bash", "-euc", script],
+            cwd=tmp_path,
+            env=environment,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+        try:
+            code: int | str = process.wait(SECONDS)
+        except subprocess.TimeoutExpired:
+            code = f"still running after {SECONDS} s"
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert code == 0, f"{code}\n{(tmp_path / 'output.txt').read_text()}"
     lines = [json.loads(line) for line in (tmp_path / "tags.jsonl").read_text().splitlines()]
     assert len(lines) == len(list((PHOTOS / "voc" / "JPEGImages").glob("*.jpg")))
     assert (tmp_path / "model-card.md").exists()
