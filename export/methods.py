@@ -44,11 +44,11 @@ class Setup:
 
 @dataclass(frozen=True)
 class Scores:
-    """``psi [B, N, C]``, ``gate [B, N]`` and ``plan [B, N, M−1, C]`` (columns sum to 1/C)."""
+    """``psi [B, N, C]``, ``gate [B, N]`` and, where asked for, ``plan [B, N, M−1, C]`` (columns sum to 1/C)."""
 
     psi: Tensor
     gate: Tensor
-    plan: Tensor
+    plan: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Method:
     text_state: tuple[str, ...]
     prefixes: Callable[[State, Sequence[Tensor]], list[list[Tensor]]]
     text: Callable[[Tensor, State], Tensor]
-    score: Callable[[Setup, Tensor, Tensor, State], Scores]
+    score: Callable[[Setup, Tensor, Tensor, State, bool], Scores]
 
 
 def state_shapes(setup: Setup) -> dict[str, tuple[int, ...]]:
@@ -109,16 +109,23 @@ def text_features(setup: Setup, weights: Weights, state: State) -> Tensor:
     return method.text(encoded, state)
 
 
-def score(setup: Setup, tokens: Tensor, text: Tensor, state: State) -> Scores:
-    """Scores of cached tokens ``[B, M, D]`` against text features ``[N, C, D]``."""
-    return METHODS[setup.method].score(setup, tokens, text, state)
+def score(setup: Setup, tokens: Tensor, text: Tensor, state: State, *, plan: bool = True) -> Scores:
+    """Scores of cached tokens ``[B, M, D]``, of any precision, against text features ``[N, C, D]``."""
+    return METHODS[setup.method].score(setup, tokens, text, state, plan)
 
 
 def local_loss(
     setup: Setup, training: Training, weights: Weights, state: State, tokens: Tensor, labels: Tensor
 ) -> Tensor:
     """The loss of one batch: tokens ``[B, M, D]``, labels int8 ``[B, C]`` (1, 0, −1 unknown)."""
-    scores = score(setup, tokens, text_features(setup, weights, state), state)
+    return head_loss(setup, training, text_features(setup, weights, state), state, tokens, labels)
+
+
+def head_loss(
+    setup: Setup, training: Training, text: Tensor, state: State, tokens: Tensor, labels: Tensor
+) -> Tensor:
+    """The loss of one batch whose text features ``[N, C, D]`` are there already."""
+    scores = score(setup, tokens, text, state, plan=False)
     return kernels.gated_asymmetric_loss(
         scores.psi,
         scores.gate,
@@ -131,9 +138,11 @@ def local_loss(
     )
 
 
-def _pool(setup: Setup, patches: Tensor, text: Tensor, name: str, state: State) -> tuple[Tensor, Tensor]:
+def _pool(
+    setup: Setup, patches: Tensor, text: Tensor, name: str, state: State, plan: bool
+) -> tuple[Tensor, Tensor | None]:
     adapters = (state["adapter_down"], state["adapter_up"]) if "adapter_up" in state else None
-    psi, plan = kernels.region_transport(
+    found = kernels.region_transport(
         patches,
         text,
         logit_scale=setup.logit_scale,
@@ -142,40 +151,41 @@ def _pool(setup: Setup, patches: Tensor, text: Tensor, name: str, state: State) 
         iterations=setup.pooling.iterations,
         pooling=name,
         adapters=adapters,
-        return_plan=True,
+        return_plan=plan,
     )
-    return psi, plan
+    return found if isinstance(found, tuple) else (found, None)
 
 
-def _regions(setup: Setup, tokens: Tensor, text: Tensor, state: State) -> Scores:
+def _regions(setup: Setup, tokens: Tensor, text: Tensor, state: State, plan: bool) -> Scores:
     """FedMPT: patches transported to the labels of every condition, conditions weighed by the gate."""
-    psi, plan = _pool(setup, tokens[:, 1:], text, setup.pooling.name, state)
+    psi, found = _pool(setup, tokens[:, 1:], text, setup.pooling.name, state, plan)
     if "gate_up" in state:
-        gate = torch.softmax(tokens[:, 0] @ state["gate_down"].T @ state["gate_up"].T, dim=-1)
+        class_token = tokens[:, 0].to(text.dtype)
+        gate = torch.softmax(class_token @ state["gate_down"].T @ state["gate_up"].T, dim=-1)
     else:
-        gate = _even(tokens, len(text))
-    return Scores(psi, gate, plan)
+        gate = _even(text, tokens.shape[0], len(text))
+    return Scores(psi, gate, found)
 
 
-def _global(setup: Setup, tokens: Tensor, text: Tensor, state: State) -> Scores:
+def _global(setup: Setup, tokens: Tensor, text: Tensor, state: State, plan: bool) -> Scores:
     """The class token's similarity, as CLIP and CoOp use it; the plan merely shows where the patches agree."""
-    _, plan = _pool(setup, tokens[:, 1:], text, "softmax", state)
-    psi = (tokens[:, 0] @ text.flatten(0, 1).T).unflatten(1, text.shape[:2])
-    return Scores(psi, _even(tokens, 1), plan)
+    found = _pool(setup, tokens[:, 1:], text, "softmax", state, plan)[1] if plan else None
+    psi = (tokens[:, 0].to(text.dtype) @ text.flatten(0, 1).T).unflatten(1, text.shape[:2])
+    return Scores(psi, _even(text, tokens.shape[0], 1), found)
 
 
-def _contrast(setup: Setup, tokens: Tensor, text: Tensor, state: State) -> Scores:
+def _contrast(setup: Setup, tokens: Tensor, text: Tensor, state: State, plan: bool) -> Scores:
     """Positive minus negative similarity, each pooled over the regions that respond to it (DualCoOp)."""
-    patches = tokens[:, 1:]
+    patches = tokens[:, 1:].to(text.dtype)
     cosine = (patches @ text.flatten(0, 1).T).unflatten(2, text.shape[:2])
     weight = torch.softmax(cosine * (setup.logit_scale / setup.pooling.tau), dim=1)
     pooled = (weight * cosine).sum(1)
-    plan = weight[:, None, :, 0].detach() / text.shape[1]
-    return Scores(pooled[:, :1] - pooled[:, 1:], _even(tokens, 1), plan)
+    found = weight[:, None, :, 0].detach() / text.shape[1] if plan else None
+    return Scores(pooled[:, :1] - pooled[:, 1:], _even(text, tokens.shape[0], 1), found)
 
 
-def _even(tokens: Tensor, count: int) -> Tensor:
-    return tokens.new_full((1, count), 1 / count).expand(tokens.shape[0], count)
+def _even(text: Tensor, images: int, count: int) -> Tensor:
+    return text.new_full((1, count), 1 / count).expand(images, count)
 
 
 def _conditioned_shapes(setup: Setup) -> dict[str, tuple[int, ...]]:

@@ -36,6 +36,7 @@ def run_train_step(
 def run_head(setup: Setup, state: Tensors, tokens: Tensor, text: Tensor) -> dict[str, Tensor]:
     """``scores [B, C]``, ``logits [B, C]``, ``plan [B, C, M−1]`` with sums of 1 over the patches."""
     found = methods.score(setup, tokens, text, state)
+    assert found.plan is not None
     gate = found.gate[..., None]
     scores = (gate * found.psi).sum(1)
     plan = (gate[..., None] * found.plan).sum(1) * text.shape[1]
