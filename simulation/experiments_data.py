@@ -22,6 +22,7 @@ from fedmpt.edge_client.cache import FeatureCache, build_cache, open_cache
 from fedmpt.edge_client.datasets import LabelledPhoto
 from fedmpt.edge_client.metrics import Pair
 from fedmpt.edge_client.onnx_session import open_session
+from fedmpt.export.presets import DEFAULT
 from fedmpt.protocol.codec import State
 from fedmpt.protocol.files import sha256_file
 from fedmpt.protocol.manifest import BundleManifest, Pooling, Training, canonical_json, load_manifest
@@ -52,9 +53,7 @@ class Photos:
 
 
 def training_of(settings: Settings) -> Training:
-    """The training set-up of a run: the bundle's preset, with what the settings change."""
-    from fedmpt.export.bundle import PAPER_TRAINING
-
+    """The training set-up of a run: the default preset, with what the settings change."""
     changes: dict[str, Any] = {
         "rounds": settings.rounds,
         "epochs": settings.epochs,
@@ -66,13 +65,24 @@ def training_of(settings: Settings) -> Training:
         changes["optimizer"] = settings.optimizer
     if settings.learning_rate:
         changes["learning_rate"] = settings.learning_rate
-    return dataclasses.replace(PAPER_TRAINING, **changes)
+    return dataclasses.replace(DEFAULT.training, **changes)
+
+
+def pooling_of(settings: Settings) -> Pooling:
+    """How regions are pooled: the default preset, with what the settings change."""
+    preset = DEFAULT.pooling
+    return Pooling(
+        settings.pooling or preset.name,
+        settings.tau or preset.tau,
+        settings.reg or preset.reg,
+        settings.iterations or preset.iterations,
+    )
 
 
 def bundle_folder(settings: Settings, store: Path) -> Path:
     """Where a run's bundle is kept; its graphs depend on no seed, rate or number of rounds."""
-    named = ("method", "tokens", "pooling", "tau", "reg", "iterations", "context", "rank", "batch_size")
-    graph = {name: getattr(settings, name) for name in named}
+    named = ("method", "tokens", "context", "rank", "batch_size")
+    graph = {name: getattr(settings, name) for name in named} | dataclasses.asdict(pooling_of(settings))
     clip = _clip_folder(settings)
     weights = sorted(clip.glob("*.safetensors")) if clip.is_dir() else []
     source = [sha256_file(path) for path in weights] or settings.clip
@@ -189,15 +199,9 @@ def _encode_scenes(
 
 
 def _build_bundle(settings: Settings, out: Path) -> None:
-    from fedmpt.export.bundle import PAPER_POOLING, build_bundle
+    from fedmpt.export.bundle import build_bundle
     from fedmpt.export.clip import load_clip
 
-    pooling = Pooling(
-        settings.pooling or PAPER_POOLING.name,
-        settings.tau or PAPER_POOLING.tau,
-        settings.reg or PAPER_POOLING.reg,
-        settings.iterations or PAPER_POOLING.iterations,
-    )
     options: dict[str, Any] = {}
     if settings.tokens:
         options["token_kind"] = settings.tokens
@@ -214,7 +218,7 @@ def _build_bundle(settings: Settings, out: Path) -> None:
         photo_set.labels if photo_set else FEDERATION_LABELS,
         out,
         method=settings.method,
-        pooling=pooling,
+        pooling=pooling_of(settings),
         training=training_of(dataclasses.replace(settings, seed=0)),
         **options,
     )

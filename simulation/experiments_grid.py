@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedmpt.protocol.files import write_atomically
+from fedmpt.protocol.manifest import canonical_json
 from fedmpt.simulation.cluster import open_cluster
 from fedmpt.simulation.experiments import Experiment, Run, Settings
-from fedmpt.simulation.experiments_data import bundle_folder, open_bundle, open_photos
+from fedmpt.simulation.experiments_data import bundle_folder, open_bundle, open_photos, training_of
 from fedmpt.simulation.experiments_run import Outcome, perform
 
 Report = Callable[[str, int, int], None]
@@ -49,7 +52,8 @@ def run_experiment(
     Raises:
         FedmptError: a combination cannot be run.
     """
-    pending = {run.key: run.settings for run in experiment.runs if not _result(store, run).is_file()}
+    wanted = {_result(store, run): run.settings for run in experiment.runs}
+    pending = {path: settings for path, settings in wanted.items() if not path.is_file()}
     bundles = {str(bundle_folder(settings, store)): settings for settings in pending.values()}
     photos = {
         tuple(getattr(settings, name) for name in DATA_FIELDS): settings for settings in pending.values()
@@ -68,10 +72,7 @@ def run_experiment(
                     nonlocal done
                     done += 1
                     if stage == "runs":
-                        key = list(pending)[index]
-                        write_atomically(
-                            store / "results" / f"{key}.json", json.dumps(outcome, allow_nan=True)
-                        )
+                        write_atomically(list(pending)[index], json.dumps(outcome))
                     report(stage, done, total)
 
                 spread(function, items, finished)
@@ -84,4 +85,10 @@ def _encode(settings: Settings, store: Path) -> None:
 
 
 def _result(store: Path, run: Run) -> Path:
-    return store / "results" / f"{run.key}.json"
+    """Named by the settings and what they mean now: the presets, and the checkpoint's weights in the bundle."""
+    meaning = [
+        run.key,
+        dataclasses.asdict(training_of(run.settings)),
+        bundle_folder(run.settings, store).name,
+    ]
+    return store / "results" / f"{hashlib.sha256(canonical_json(meaning)).hexdigest()[:24]}.json"
