@@ -86,7 +86,7 @@ def privatise(
 def l2_norm(difference: Mapping[str, NDArray[np.float32]]) -> float:
     """The L2 norm over all tensors, in float64."""
     return math.sqrt(
-        math.fsum(float(np.sum(np.square(value, dtype=np.float64))) for value in difference.values())
+        math.fsum(float(np.square(value, dtype=np.float64).sum()) for value in difference.values())
     )
 
 

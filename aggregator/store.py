@@ -57,11 +57,11 @@ class Store:
                 isolation_level=None,
                 check_same_thread=False,
             )
+            self._database.execute("PRAGMA page_size = 32768")  # an update of 25 kB fits into one page
             self._database.execute("PRAGMA journal_mode = WAL")
             self._database.execute("PRAGMA synchronous = FULL")
-            self._database.execute(
-                "PRAGMA wal_autocheckpoint = 8000"
-            )  # pages: 32 MB, so that few commits wait
+            # 32 MB (in pages), so that few commits wait for a checkpoint.
+            self._database.execute("PRAGMA wal_autocheckpoint = 1000")
             self._database.executescript(_TABLES)
         if folder is not None:
             lines = [

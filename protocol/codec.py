@@ -31,6 +31,7 @@ State = dict[str, NDArray[np.float32]]
 
 MAXIMUM_HEADER_BYTES = 64 << 10
 MAXIMUM_METRICS = 32
+SMALLEST = 2.0**-100  # tensors below it count as zero in the scaled encodings, whose arithmetic is float32
 _STORED = {"float32": ("F32", "<f4"), "float16": ("F16", "<f2"), "int8": ("I8", "i1")}
 
 
@@ -126,15 +127,9 @@ def encode_update(update: Update, encoding: str) -> bytes:
     for name, tensor in update.difference.items():
         _require_finite(name, tensor)
         exact = np.asarray(tensor, dtype=np.float64)
-        largest = float(np.max(np.abs(exact), initial=0.0))
-        if encoding == "float16":
-            scales[name] = math.ldexp(1.0, math.frexp(largest)[1] - 15) if largest else 1.0
-            stored[name] = exact / scales[name]
-        elif encoding == "int8":
-            scales[name] = largest / 127 if largest else 1.0
-            stored[name] = np.rint(exact / scales[name])
-        else:
-            stored[name] = exact
+        if encoding != "float32":
+            exact, scales[name] = _scaled(exact, encoding)
+        stored[name] = exact
     header = UpdateHeader(
         update.federation,
         update.round,
@@ -200,6 +195,18 @@ def load_provenance(path: Path) -> Mapping[str, str]:
 def state_limit(specs: Mapping[str, TensorSpec]) -> int:
     """The most bytes that a payload with these tensors can have in any encoding."""
     return 8 + MAXIMUM_HEADER_BYTES + sum(4 * math.prod(_shape(spec)) for spec in specs.values())
+
+
+def _scaled(exact: NDArray[np.float64], encoding: str) -> tuple[NDArray[np.float64], float]:
+    """A tensor as the encoding stores it, and the scale that brings it back."""
+    largest = float(np.max(np.abs(exact), initial=0.0))
+    if largest < SMALLEST:
+        return np.zeros_like(exact), 1.0
+    if encoding == "int8":
+        scale = largest / 127
+        return np.rint(exact / scale), scale
+    scale = math.ldexp(1.0, math.frexp(largest)[1] - 15)
+    return exact / scale, scale
 
 
 def _save(tensors: Mapping[str, NDArray[Any]], encoding: str, header: Any) -> bytes:
@@ -275,7 +282,6 @@ def _check_update_header(header: UpdateHeader, names: Collection[str], where: st
 def _read_tensors(
     data: bytes, specs: Mapping[str, TensorSpec], encoding: str, scales: Mapping[str, float], where: str
 ) -> State:
-    kind, dtype = _STORED[encoding]
     try:
         entries = dict(safetensors.deserialize(data))  # type: ignore[no-untyped-call]
     except safetensors.SafetensorError as error:
@@ -288,23 +294,34 @@ def _read_tensors(
             f"exactly {_listed(sorted(specs))} are accepted",
         )
     tensors: State = {}
-    for name in sorted(specs):
-        entry, shape = entries[name], _shape(specs[name])
-        if entry["dtype"] != kind:
-            raise CodecError("dtype", f"{where}: {name} is {entry['dtype']}, but {kind} is accepted")
-        if tuple(entry["shape"]) != shape:
-            raise CodecError("shape", f"{where}: {name} is {entry['shape']}, but {list(shape)} is accepted")
-        stored = np.frombuffer(entry["data"], dtype=dtype).reshape(shape)
-        with np.errstate(over="ignore"):
-            # NumPy turns arrays without dimensions into scalars when it calculates.
-            tensor = np.asarray(stored.astype(np.float64) * scales.get(name, 1.0), dtype=np.float32)
-        _require_finite(name, tensor, f"{where}: ")
-        tensors[name] = tensor
+    # Infinities and overflows are looked for, and refused, by value.
+    with np.errstate(over="ignore", invalid="ignore"):
+        for name in sorted(specs):
+            tensors[name] = _read_tensor(name, entries[name], specs[name], encoding, scales, where)
     return tensors
 
 
+def _read_tensor(
+    name: str, entry: Any, spec: TensorSpec, encoding: str, scales: Mapping[str, float], where: str
+) -> NDArray[np.float32]:
+    (kind, dtype), shape = _STORED[encoding], _shape(spec)
+    if entry["dtype"] != kind:
+        raise CodecError("dtype", f"{where}: {name} is {entry['dtype']}, but {kind} is accepted")
+    if tuple(entry["shape"]) != shape:
+        raise CodecError("shape", f"{where}: {name} is {entry['shape']}, but {list(shape)} is accepted")
+    stored = np.frombuffer(entry["data"], dtype=dtype).reshape(shape)
+    tensor = stored.astype(np.float32)
+    if encoding != "float32":
+        tensor *= np.float32(scales[name])
+    _require_finite(name, tensor, f"{where}: ")
+    return tensor
+
+
 def _require_finite(name: str, tensor: NDArray[Any], where: str = "") -> None:
-    if not np.isfinite(tensor).all():
+    # In float64 the sum of finite float32 numbers is finite, and any other value makes it infinite or NaN.
+    with np.errstate(invalid="ignore"):
+        total = np.asarray(tensor).sum(dtype=np.float64)
+    if not math.isfinite(total):
         raise CodecError("finite", f"{where}{name} has values that are not finite")
 
 

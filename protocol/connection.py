@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import queue
 import random
+import re
 import ssl
 import threading
 import time
@@ -78,6 +79,7 @@ class Connection:
         self.maximum_packet_size: int | None = None  # the broker's, known once connected
         self.protocol = MQTTProtocolVersion.MQTTv5
         self._subscriptions = [(topic, 1) for topic in subscriptions]
+        self._wanted = re.compile("|".join(map(_pattern, subscriptions)))
         self._will = will
         self._persistent = persistent
         self._receive_window = receive_window
@@ -332,7 +334,7 @@ class Connection:
         except UnicodeDecodeError:
             topic = ""
         # amqtt greets a client with retained messages of other clients' subscriptions.
-        if not any(mqtt.topic_matches_sub(wanted, topic) for wanted, _ in self._subscriptions):
+        if not self._wanted.fullmatch(topic):
             client.ack(message.mid, message.qos)
             return
         self._put(
@@ -369,3 +371,8 @@ class Connection:
             with suppress(queue.Full):
                 self._events.put(event, timeout=1)
                 return
+
+
+def _pattern(subscription: str) -> str:
+    """A regular expression of the topics that a subscription with ``+`` matches."""
+    return "/".join("[^/]*" if level == "+" else re.escape(level) for level in subscription.split("/"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import types
@@ -197,20 +198,26 @@ def verify_bundle(folder: Path, manifest: BundleManifest) -> None:
             raise BundleError(f"{path}: differs from its digest in manifest.json; copy the bundle again")
 
 
+@functools.cache
+def _fields(kind: Any) -> dict[str, Any]:
+    """A dataclass's fields with their types; slow to find out, and wanted for every message."""
+    return typing.get_type_hints(kind)
+
+
 def _convert(kind: Any, value: Any, where: str) -> Any:
-    origin = typing.get_origin(kind)
+    if type(value) is kind and kind in (str, int, float, bool):  # nearly always, so it comes first
+        return value
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise BundleError(f"{where}: expected an object")
-        hints = typing.get_type_hints(kind)
-        missing = [field.name for field in dataclasses.fields(kind) if field.name not in value]
+        record: Any = kind
+        fields = _fields(record)
+        missing = [name for name in fields if name not in value]
         if missing:
             raise BundleError(f"{where}: missing {', '.join(missing)}")
-        fields = {
-            field.name: _convert(hints[field.name], value[field.name], f"{where}: {field.name}")
-            for field in dataclasses.fields(kind)
-        }
-        return kind(**fields)  # type: ignore[operator]  # the class itself, not an instance
+        converted = {name: _convert(field, value[name], f"{where}: {name}") for name, field in fields.items()}
+        return record(**converted)
+    origin = typing.get_origin(kind)
     if origin is tuple:
         if not isinstance(value, list):
             raise BundleError(f"{where}: expected a list")

@@ -6,7 +6,6 @@ do not know; a message is bounded in size before it is parsed, and every number 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import re
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fedmpt.protocol.errors import FedmptError
-from fedmpt.protocol.manifest import BundleError, TensorSpec, Training, canonical_json, from_plain
+from fedmpt.protocol.manifest import BundleError, TensorSpec, Training, from_plain
 from fedmpt.protocol.topics import MAXIMUM_ROUND, check_name
 
 VERSION = 1
@@ -170,7 +169,7 @@ MAXIMUM_BYTES: Mapping[type, int] = {
 
 def to_json(message: Any) -> bytes:
     """One message as canonical UTF-8 JSON."""
-    return canonical_json(dataclasses.asdict(message))
+    return _ENCODER.encode(message).encode()
 
 
 def from_json(kind: type[AnyMessage], data: bytes, where: str) -> AnyMessage:
@@ -204,7 +203,7 @@ def parse_object(data: bytes | str, where: str, maximum_bytes: int) -> dict[str,
     if len(data) > maximum_bytes:
         raise MessageError(f"{where}: {len(data)} bytes, but at most {maximum_bytes} are read")
     try:
-        value = json.loads(data, parse_float=_finite, parse_constant=_finite)
+        value = _DECODER.decode(data if isinstance(data, str) else data.decode())
     except (ValueError, RecursionError) as error:
         raise MessageError(f"{where}: cannot be read as JSON ({error})") from None
     if not isinstance(value, dict):
@@ -217,6 +216,13 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{text[:20]} is no finite number")
     return value
+
+
+_DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
+# Canonical, like the manifest's: one byte string for one message. Nested records are turned into their fields.
+_ENCODER = json.JSONEncoder(
+    sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=vars
+)
 
 
 def _require(condition: object, problem: str) -> None:

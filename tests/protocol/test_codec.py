@@ -148,6 +148,7 @@ def test_float16_loses_at_most_half_a_unit_of_its_precision(array: np.ndarray) -
     error = np.abs(update.difference["class_context"].astype(np.float64) - array)
     # Relative 2⁻¹¹, down to 2⁻²⁹ of the largest value, where float16's subnormal numbers begin.
     bound = np.maximum(np.abs(array.astype(np.float64)) * 2**-11, np.abs(array).max() * 2.0**-38)
+    bound = np.maximum(bound, codec.SMALLEST)
     assert (error <= bound * (1 + 1e-6)).all()
 
 
@@ -157,7 +158,8 @@ def test_int8_loses_at_most_half_a_step(array: np.ndarray) -> None:
         codec.encode_update(an_update(a_state() | {"class_context": array}), "int8"), SPECS, LIMIT
     )
     error = np.abs(update.difference["class_context"].astype(np.float64) - array)
-    assert (error <= np.abs(array.astype(np.float64)).max() / 254 * (1 + 1e-6)).all()
+    bound = max(np.abs(array.astype(np.float64)).max() / 254, codec.SMALLEST)
+    assert (error <= bound * (1 + 1e-6)).all()
 
 
 def test_tiny_differences_do_not_vanish_in_float16() -> None:
