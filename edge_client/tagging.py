@@ -77,10 +77,10 @@ def tag_photos(
         top: at most so many labels a photo.
         min_probability: one threshold for all labels, the tagger's own where None.
         explain: whether results carry the heat maps of the labels found.
-        batch_size: photos computed together; the result of a photo does not depend on it.
+        batch_size: photos computed together; it matters to speed alone (and the last bits).
         workers: threads that decode; one per core where None.
     """
-    workers = workers or os.cpu_count() or 1
+    workers = workers or len(os.sched_getaffinity(0))
     size = tagger.info.image_size
     choose = functools.partial(tagger.choose, top=top, min_probability=min_probability)
     pending: deque[tuple[Path, Future[Pixels | PhotoError]]] = deque()

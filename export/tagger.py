@@ -29,6 +29,8 @@ from fedmpt.protocol.tagger_info import (
     info_to_json,
 )
 
+MAXIMUM_BYTES = 2047 << 20  # of a protobuf message are 2 GiB
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -151,7 +153,17 @@ def check_state(state: State, manifest: BundleManifest) -> None:
 
 
 def save_tagger(model: onnx.ModelProto, info: TaggerInfo, out: Path) -> None:
-    """Write the checked model with its metadata, and the model card beside it."""
+    """Write the checked model with its metadata, and the model card beside it.
+
+    Raises:
+        ExportError: more than one ONNX file can hold.
+    """
+    size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+    if size > MAXIMUM_BYTES:
+        raise ExportError(
+            f"{out}: {size >> 20} MB of weights, more than one ONNX file can hold ({MAXIMUM_BYTES >> 20} MB); "
+            "use a smaller CLIP checkpoint"
+        )
     helper.set_model_props(model, {METADATA_KEY: info_to_json(info)})
     model.doc_string = f"Tags photos with {len(info.labels)} labels; see model-card.md."
     with atomic_path(out) as temporary:

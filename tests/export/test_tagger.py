@@ -14,6 +14,7 @@ import onnxruntime
 import pytest
 
 from fedmpt.edge_client.tagger import Tagger
+from fedmpt.export import tagger as exporter
 from fedmpt.export.tagger import Calibration, export_tagger
 from fedmpt.export.tagger_graph import ExportError, text_features
 from fedmpt.protocol.codec import State, load_state, state_digest
@@ -272,6 +273,14 @@ def test_an_unusable_calibration_is_refused(
 ) -> None:
     with pytest.raises(ExportError, match=complaint):
         export_tagger(tiny_bundle, state, tmp_path / "t.onnx", calibration=calibration)
+
+
+def test_more_than_one_file_can_hold_is_refused(
+    tiny_bundle: Path, state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporter, "MAXIMUM_BYTES", 1000)
+    with pytest.raises(ExportError, match="more than one ONNX file can hold"):
+        export_tagger(tiny_bundle, state, tmp_path / "t.onnx")
 
 
 def test_a_failure_leaves_the_older_file(tiny_bundle: Path, state: State, tmp_path: Path) -> None:
