@@ -29,17 +29,16 @@ def random_clip(
         return torch.randn(*shape, generator=generator) * std
 
     def tower(width: int) -> dict[str, Tensor]:
-        weights = {"projection.weight": draw(joint_width, width, std=width**-0.5)}
+        weights = {"projection.weight": draw(width, joint_width, std=width**-0.5)}
         sizes = {
-            "qkv": (3 * width, width),
-            "out": (width, width),
-            "up": (4 * width, width),
-            "down": (width, 4 * width),
+            **dict.fromkeys(("query", "key", "value", "out"), (width, width)),
+            "up": (width, 4 * width),
+            "down": (4 * width, width),
         }
         for layer in range(layers):
             for name, (rows, columns) in sizes.items():
                 weights[f"layers.{layer}.{name}.weight"] = draw(rows, columns)
-                weights[f"layers.{layer}.{name}.bias"] = torch.zeros(rows)
+                weights[f"layers.{layer}.{name}.bias"] = torch.zeros(columns)
             for name in ("norm1", "norm2"):
                 weights |= norm(f"layers.{layer}.{name}", width)
         return weights | norm("last_norm", width)

@@ -5,37 +5,45 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 from fedmpt.cli.progress import progress_bar
 from fedmpt.protocol.errors import FedmptError
+from fedmpt.protocol.manifest import BundleManifest
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.epilog = (
-        "Example: fedmpt bundle --clip openai/clip-vit-base-patch16 --labels labels.txt --out bundle/"
+        "Example: fedmpt bundle --clip openai/clip-vit-base-patch16 --tokens clearclip --labels labels.txt "
+        "--out bundle/"
     )
-    parser.add_argument(
-        "--clip", required=True, metavar="FOLDER|NAME", help="Hugging Face CLIPModel folder or hub name"
-    )
-    parser.add_argument("--labels", required=True, type=Path, help="text file, one label per line")
-    parser.add_argument("--out", required=True, type=Path, help="bundle folder to write; must not exist yet")
-    parser.add_argument(
-        "--conditions", type=Path, help="text file, one condition per line (default: the paper's five)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--clip", required=True, metavar="FOLDER|NAME", help="Hugging Face CLIPModel folder or hub name")
+    add("--labels", required=True, type=Path, help="text file, one label per line")
+    add("--out", required=True, type=Path, help="bundle folder to write; must not exist yet")
+    add("--conditions", type=Path, help="text file, one condition per line (default: the paper's five)")
+    add(
         "--method",
         default="fedmpt-prompts",
         help="fedmpt-prompts (default), fedmpt-full, coop, dualcoop, positivecoop or zero-shot",
     )
-    parser.add_argument("--tokens", default="clearclip", help="plain, maskclip or clearclip (default)")
-    parser.add_argument(
-        "--token-mode", default="full", help="full (default) or pooled: a quarter of the cache"
+    add(
+        "--tokens",
+        default="plain",
+        help="plain (default; best on the project's own CLIP), maskclip, or clearclip, which the literature "
+        "recommends for checkpoints whose patches were not trained to match text, such as OpenAI's",
     )
-    parser.add_argument("--precision", default="float32", help="of the frozen weights: float32 or float16")
-    parser.add_argument("--licence", help="of the CLIP weights (default: what its model card says)")
-    parser.add_argument("--json", action="store_true", help="print a summary as JSON")
+    add("--token-mode", default="full", help="full (default), or pooled: a quarter of the feature cache")
+    add("--preset", default="default", help="default, or paper: the paper's pooling and training set-up")
+    add("--pooling", help="transport, softmax or max (default: the preset's)")
+    add("--precision", default="float32", help="of the frozen weights on disk: float32 (default) or float16")
+    add("--batch-size", type=int, help="photos per training step (default: the preset's)")
+    add("--seed", type=int, default=0, help="of the initial state and of the batches (default 0)")
+    add("--licence", help="of the CLIP weights (default: what its model card says)")
+    add("--json", action="store_true", help="print the summary as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -43,9 +51,18 @@ def run(arguments: argparse.Namespace) -> int:
     labels = read_lines(arguments.labels)
     conditions = read_lines(arguments.conditions) if arguments.conditions else None
     # Imported late: PyTorch takes seconds, and wrong usage should not.
-    from fedmpt.export.bundle import DEFAULT_CONDITIONS, build_bundle
+    from fedmpt.export.bundle import DEFAULT_CONDITIONS, BuildError, build_bundle
     from fedmpt.export.clip import load_clip
+    from fedmpt.export.presets import PRESETS
 
+    if arguments.preset not in PRESETS:
+        raise BuildError(f"preset {arguments.preset!r} is unknown; choose one of {', '.join(PRESETS)}")
+    preset = PRESETS[arguments.preset]
+    pooling, training = preset.pooling, dataclasses.replace(preset.training, seed=arguments.seed)
+    if arguments.pooling:
+        pooling = dataclasses.replace(pooling, name=arguments.pooling)
+    if arguments.batch_size is not None:
+        training = dataclasses.replace(training, batch_size=arguments.batch_size)
     clip = load_clip(arguments.clip, arguments.licence)
     with progress_bar("building the bundle") as progress:
         manifest = build_bundle(
@@ -56,11 +73,49 @@ def run(arguments: argparse.Namespace) -> int:
             method=arguments.method,
             token_kind=arguments.tokens,
             token_mode=arguments.token_mode,
+            pooling=pooling,
+            training=training,
             precision=arguments.precision,
             progress=progress,
         )
-    print(json.dumps(dataclasses.asdict(manifest)) if arguments.json else manifest.digest)
+    summary = summarise(manifest, arguments.out)
+    print(json.dumps(summary) if arguments.json else describe(summary))
     return 0
+
+
+def summarise(manifest: BundleManifest, folder: Path) -> dict[str, Any]:
+    """What a site downloads, keeps and sends: counts and bytes."""
+    parameters = {name: math.prod(map(int, spec.shape)) for name, spec in manifest.state.items()}
+    total = sum(parameters.values())
+    return {
+        "bundle": str(folder),
+        "digest": manifest.digest,
+        "method": manifest.method,
+        "labels": len(manifest.labels),
+        "conditions": len(manifest.conditions),
+        "tokens": f"{manifest.tokens.count} × {manifest.tokens.width}, {manifest.tokens.kind}, {manifest.tokens.mode}",
+        "cached_bytes_per_photo": 2 * manifest.tokens.count * manifest.tokens.width,
+        "parameters": parameters,
+        "trained_parameters": total,
+        "update_bytes": {"float32": 4 * total, "float16": 2 * total, "int8": total},
+        "files": {name: (folder / name).stat().st_size for name in manifest.files},
+    }
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """The summary in lines for people."""
+    update = summary["update_bytes"]
+    lines = [
+        f"{summary['bundle']}: {summary['method']}, {summary['labels']} labels, "
+        f"{summary['conditions']} conditions, digest {summary['digest'][:12]}",
+        f"image tokens {summary['tokens']}: {summary['cached_bytes_per_photo']:,} bytes cached per photo",
+        f"trained {summary['trained_parameters']:,} parameters; an update is {update['float32']:,} bytes in "
+        f"float32, {update['float16']:,} in float16, {update['int8']:,} in int8",
+    ]
+    lines += [f"  {name:<20}{count:>12,}" for name, count in summary["parameters"].items()]
+    lines += ["files (bytes)"]
+    lines += [f"  {name:<28}{size:>14,}" for name, size in summary["files"].items()]
+    return "\n".join(lines)
 
 
 def read_lines(path: Path) -> list[str]:

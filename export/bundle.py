@@ -17,8 +17,10 @@ from fedmpt.export.clip import TOKEN_KINDS, TOKEN_MODES, ClipCheckpoint
 from fedmpt.export.conditions import DEFAULT_CONDITIONS
 from fedmpt.export.frozen import TEXT_WEIGHTS, freeze, save_frozen
 from fedmpt.export.methods import METHODS
+from fedmpt.export.presets import DEFAULT, PAPER_POOLING, PAPER_TRAINING
 from fedmpt.export.towers import Weights
 from fedmpt.export.verification import verify_graphs
+from fedmpt.kernels.reference import POOLINGS
 from fedmpt.protocol.codec import save_state
 from fedmpt.protocol.errors import FedmptError
 from fedmpt.protocol.files import sha256_file, sync_path, write_atomically
@@ -35,26 +37,9 @@ from fedmpt.protocol.manifest import (
     save_manifest,
 )
 
-PRECISIONS = ("float32", "float16")
-# The paper's set-up, as a preset.
-PAPER_POOLING = Pooling("transport", tau=4.0, reg=0.2, iterations=10)
-PAPER_TRAINING = Training(
-    optimizer="sgd",
-    learning_rate=0.001,
-    momentum=0.9,
-    weight_decay=0.0,
-    gradient_clip=0.0,
-    scalar_rate_factor=10.0,
-    batch_size=32,
-    epochs=1,
-    rounds=20,
-    calibrate=True,
-    gamma_pos=1.0,
-    gamma_neg=2.0,
-    clip=0.05,
-    seed=0,
-)
+__all__ = ["DEFAULT_CONDITIONS", "PAPER_POOLING", "PAPER_TRAINING", "BuildError", "build_bundle"]
 
+PRECISIONS = ("float32", "float16")
 Progress = Callable[[int, "int | None"], None]
 
 
@@ -69,10 +54,10 @@ def build_bundle(
     *,
     conditions: Sequence[str] = DEFAULT_CONDITIONS,
     method: str = "fedmpt-prompts",
-    token_kind: str = "clearclip",
+    token_kind: str = "plain",
     token_mode: str = "full",
-    pooling: Pooling = PAPER_POOLING,
-    training: Training = PAPER_TRAINING,
+    pooling: Pooling = DEFAULT.pooling,
+    training: Training = DEFAULT.training,
     precision: str = "float32",
     condition_context: int = 4,
     class_context: int = 4,
@@ -100,6 +85,18 @@ def build_bundle(
     _check_choice("tokens", token_kind, TOKEN_KINDS)
     _check_choice("token mode", token_mode, TOKEN_MODES)
     _check_choice("precision", precision, PRECISIONS)
+    _check_choice("pooling", pooling.name, POOLINGS)
+    for what, size in (
+        ("tau", pooling.tau),
+        ("reg", pooling.reg),
+        ("iterations", pooling.iterations),
+        ("batch size", training.batch_size),
+        ("condition context", condition_context),
+        ("class context", class_context),
+        ("adapter rank", adapter_rank),
+    ):
+        if not size > 0:
+            raise BuildError(f"{what} is {size}; it must be above 0")
     _check_unique("label", labels)
     _check_unique("condition", conditions)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

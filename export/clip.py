@@ -145,7 +145,8 @@ def _checkpoint(
         raise CheckpointError(
             f"{source}: the tokenizer has no start or end token; it is not a CLIP tokenizer"
         )
-    vision = towers.take_layers(weights, "vision_model", config.vision_config.num_hidden_layers) | {
+    vision_spec, text_spec = _spec(config.vision_config), _spec(config.text_config)
+    vision = towers.take_layers(weights, "vision_model", vision_spec) | {
         "class": weights["vision_model.embeddings.class_embedding"],
         "patch.weight": weights["vision_model.embeddings.patch_embedding.weight"],
         "position": weights["vision_model.embeddings.position_embedding.weight"],
@@ -153,13 +154,13 @@ def _checkpoint(
         "first_norm.bias": weights["vision_model.pre_layrnorm.bias"],
         "last_norm.weight": weights["vision_model.post_layernorm.weight"],
         "last_norm.bias": weights["vision_model.post_layernorm.bias"],
-        "projection.weight": weights["visual_projection.weight"],
+        "projection.weight": weights["visual_projection.weight"].T.contiguous(),
     }
-    text = towers.take_layers(weights, "text_model", config.text_config.num_hidden_layers) | {
+    text = towers.take_layers(weights, "text_model", text_spec) | {
         "position": weights["text_model.embeddings.position_embedding.weight"],
         "last_norm.weight": weights["text_model.final_layer_norm.weight"],
         "last_norm.bias": weights["text_model.final_layer_norm.bias"],
-        "projection.weight": weights["text_projection.weight"],
+        "projection.weight": weights["text_projection.weight"].T.contiguous(),
     }
     return ClipCheckpoint(
         name=Path(source).name if Path(source).is_dir() else source,
@@ -170,9 +171,9 @@ def _checkpoint(
         image_std=preprocessing[1],
         logit_scale=float(weights["logit_scale"].exp()),
         vision=vision,
-        vision_spec=_spec(config.vision_config),
+        vision_spec=vision_spec,
         text=text,
-        text_spec=_spec(config.text_config),
+        text_spec=text_spec,
         token_embedding=weights["text_model.embeddings.token_embedding.weight"],
         tokenize=lambda words: list(tokenizer(words, add_special_tokens=False).input_ids),
         start=tokenizer.bos_token_id,
@@ -223,7 +224,7 @@ def image_tokens(
         x = _block(weights, last, x, spec)
     else:
         x = torch.cat(
-            [_class_block(weights, last, x, spec), _patch_block(weights, last, x, spec, kind)], dim=1
+            [_block(weights, last, x, spec, rows=1), _patch_block(weights, last, x, spec, kind)], dim=1
         )
     tokens = towers.linear(weights, "projection", towers.norm(weights, "last_norm", x, spec))
     if mode == "pooled":
@@ -231,32 +232,33 @@ def image_tokens(
     return towers.normalise(tokens)
 
 
-def _block(weights: Weights, layer: str, x: Tensor, spec: TowerSpec) -> Tensor:
-    qkv = towers.linear(weights, f"{layer}.qkv", towers.norm(weights, f"{layer}.norm1", x, spec))
-    mixed = towers.merge_heads(towers.attention(*towers.split_heads(qkv, spec)))
-    return towers.feed_forward(weights, layer, x + towers.linear(weights, f"{layer}.out", mixed), spec)
-
-
-def _class_block(weights: Weights, layer: str, x: Tensor, spec: TowerSpec) -> Tensor:
-    """The block as trained, for the class token alone."""
-    qkv = towers.linear(weights, f"{layer}.qkv", towers.norm(weights, f"{layer}.norm1", x, spec))
-    query, key, value = towers.split_heads(qkv, spec)
-    mixed = towers.merge_heads(towers.attention(query[:, :, :1], key, value))
-    return towers.feed_forward(weights, layer, x[:, :1] + towers.linear(weights, f"{layer}.out", mixed), spec)
+def _block(weights: Weights, layer: str, x: Tensor, spec: TowerSpec, rows: int | None = None) -> Tensor:
+    """The block as trained; of the first ``rows`` tokens alone if given."""
+    inside = towers.norm(weights, f"{layer}.norm1", x, spec)
+    query = _heads(weights, f"{layer}.query", inside[:, :rows], spec)
+    key, value = (_heads(weights, f"{layer}.{name}", inside, spec) for name in ("key", "value"))
+    mixed = towers.merge_heads(towers.attention(query, key, value))
+    return towers.feed_forward(
+        weights, layer, x[:, :rows] + towers.linear(weights, f"{layer}.out", mixed), spec
+    )
 
 
 def _patch_block(weights: Weights, layer: str, x: Tensor, spec: TowerSpec, kind: str) -> Tensor:
     """The block changed as ``kind`` says, for the patch tokens."""
-    qkv = towers.linear(weights, f"{layer}.qkv", towers.norm(weights, f"{layer}.norm1", x, spec))
+    inside = towers.norm(weights, f"{layer}.norm1", x, spec)
     if kind == "maskclip":
-        value = qkv.chunk(3, dim=-1)[2]
-        return towers.feed_forward(weights, layer, x + towers.linear(weights, f"{layer}.out", value), spec)[
-            :, 1:
-        ]
-    query, _, value = towers.split_heads(qkv, spec)
+        value = towers.linear(weights, f"{layer}.value", inside[:, 1:])
+        return towers.feed_forward(
+            weights, layer, x[:, 1:] + towers.linear(weights, f"{layer}.out", value), spec
+        )
+    query, value = (_heads(weights, f"{layer}.{name}", inside, spec) for name in ("query", "value"))
     unscaled = query * query.shape[-1] ** 0.5
-    mixed = towers.merge_heads(towers.attention(query, unscaled, value))
-    return towers.linear(weights, f"{layer}.out", mixed)[:, 1:]
+    mixed = towers.merge_heads(towers.attention(query[:, :, 1:], unscaled, value))
+    return towers.linear(weights, f"{layer}.out", mixed)
+
+
+def _heads(weights: Weights, name: str, x: Tensor, spec: TowerSpec) -> Tensor:
+    return towers.split_heads(towers.linear(weights, name, x), spec)
 
 
 def _pool(patches: Tensor, side: int) -> Tensor:

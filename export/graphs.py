@@ -103,7 +103,32 @@ def _export(
         fold_constants(program.model)
         passes.CommonSubexpressionEliminationPass()(program.model)
         passes.RemoveUnusedNodesPass()(program.model)
-    return _strip(program.model_proto)
+    return _strip(_multiply_transposed(program.model_proto))
+
+
+def _multiply_transposed(model: ModelProto) -> ModelProto:
+    """Let products with a transposed matrix input (a gradient's) read it as it lies.
+
+    A runtime would keep a transposed copy of every weight instead, in memory that no file backs.
+    """
+    graph = model.graph
+    matrices = {value.name for value in graph.input if len(value.type.tensor_type.shape.dim) == 2}
+    planes = {value.name for value in graph.value_info if len(value.type.tensor_type.shape.dim) == 2}
+    transposed = {
+        node.output[0]: node.input[0]
+        for node in graph.node
+        if node.op_type == "Transpose" and node.input[0] in matrices
+    }
+    for node in graph.node:
+        if node.op_type == "MatMul" and node.input[1] in transposed and node.input[0] in planes:
+            node.op_type = "Gemm"
+            node.input[1] = transposed[node.input[1]]
+            node.attribute.append(helper.make_attribute("transB", 1))
+    used = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
+    kept = [node for node in graph.node if used & set(node.output)]
+    del graph.node[:]
+    graph.node.extend(kept)
+    return model
 
 
 def _strip(model: ModelProto) -> ModelProto:

@@ -48,16 +48,16 @@ def encode_prompts(
     x = torch.cat([*prefixes, repeated]) + weights["position"][index.position]
     for number in range(spec.layers - 1):
         layer = f"layers.{number}"
-        qkv = towers.linear(weights, f"{layer}.qkv", towers.norm(weights, f"{layer}.norm1", x, spec))
-        x = x + towers.linear(weights, f"{layer}.out", _attend(qkv, index, layout, spec))
+        inside = towers.norm(weights, f"{layer}.norm1", x, spec)
+        x = x + towers.linear(weights, f"{layer}.out", _attend(weights, layer, inside, index, spec))
         x = towers.feed_forward(weights, layer, x, spec)
     # Of the last block only the rows of [EOT] are wanted; the others serve as keys and values.
     layer = f"layers.{spec.layers - 1}"
-    qkv = towers.linear(weights, f"{layer}.qkv", towers.norm(weights, f"{layer}.norm1", x, spec))
+    inside = towers.norm(weights, f"{layer}.norm1", x, spec)
     x = _Take.apply(x, index.end, index.end_back)
-    x = x + towers.linear(weights, f"{layer}.out", _attend_end(qkv, index, layout, spec))
-    x = towers.norm(weights, "last_norm", towers.feed_forward(weights, layer, x, spec), spec)
-    features = towers.linear(weights, "projection", x)
+    x = x + towers.linear(weights, f"{layer}.out", _attend_end(weights, layer, inside, index, spec))
+    x = towers.feed_forward(weights, layer, x, spec)
+    features = towers.linear(weights, "projection", towers.norm(weights, "last_norm", x, spec))
     return towers.normalise(features).unflatten(0, (len(prefixes), len(lengths)))
 
 
@@ -95,42 +95,42 @@ class _Index:
     end_mask: Tensor  # [C, 1, L]
 
 
-def _attend(qkv: Tensor, index: _Index, layout: Layout, spec: TowerSpec) -> Tensor:
-    """Causal attention of all rows: ``[R, 3W]`` to ``[R, W]``."""
-    (query, key, value), (own_query, own_key, own_value) = _spread(qkv, index, layout, spec)
+def _attend(weights: Weights, layer: str, x: Tensor, index: _Index, spec: TowerSpec) -> Tensor:
+    """Causal attention of all rows, ``[R, W]`` to ``[R, W]``."""
+    query, own_query = _spread(towers.linear(weights, f"{layer}.query", x), index, spec)
+    key, own_key = _spread(towers.linear(weights, f"{layer}.key", x), index, spec)
+    value, own_value = _spread(towers.linear(weights, f"{layer}.value", x), index, spec)
     prefix = torch.softmax(query @ key.transpose(-1, -2) + index.causal, dim=-1) @ value
     suffix = _attend_suffix(own_query, key, value, own_key, own_value, index.prefix_mask, index.suffix_mask)
-    width = qkv.shape[1] // 3
-    prefix_rows = prefix.transpose(1, 2).reshape(-1, width)
-    suffix_rows = suffix.permute(0, 2, 3, 1, 4).reshape(-1, width)
-    padded = torch.cat([prefix_rows, suffix_rows])
+    padded = torch.cat([_rows(prefix.transpose(1, 2)), _rows(suffix.permute(0, 2, 3, 1, 4))])
     return _Take.apply(padded, index.spread_back, index.gather_back)  # type: ignore[no-any-return]
 
 
-def _attend_end(qkv: Tensor, index: _Index, layout: Layout, spec: TowerSpec) -> Tensor:
-    """Attention of the ``[EOT]`` rows alone: ``[R, 3W]`` to ``[N·C, W]``."""
-    (_, key, value), (_, own_key, own_value) = _spread(qkv, index, layout, spec)
-    count, labels, width = len(layout.prefixes), len(layout.suffixes), qkv.shape[1] // 3
-    query = _Take.apply(qkv[:, :width], index.end, index.end_back)
-    query = query.reshape(count, labels, 1, spec.heads, -1).permute(0, 3, 1, 2, 4)
-    query = query * query.shape[-1] ** -0.5
+def _attend_end(weights: Weights, layer: str, x: Tensor, index: _Index, spec: TowerSpec) -> Tensor:
+    """Attention of the ``[EOT]`` rows to all: ``[R, W]`` to ``[N·C, W]``."""
+    key, own_key = _spread(towers.linear(weights, f"{layer}.key", x), index, spec)
+    value, own_value = _spread(towers.linear(weights, f"{layer}.value", x), index, spec)
+    query = towers.linear(weights, f"{layer}.query", _Take.apply(x, index.end, index.end_back))
+    query = query.reshape(*own_key.shape[:1], own_key.shape[2], 1, spec.heads, -1).permute(0, 3, 1, 2, 4)
     mixed = _attend_suffix(query, key, value, own_key, own_value, index.prefix_mask, index.end_mask)
-    return mixed.permute(0, 2, 3, 1, 4).reshape(-1, width)
+    return _rows(mixed.permute(0, 2, 3, 1, 4))
 
 
-def _spread(
-    qkv: Tensor, index: _Index, layout: Layout, spec: TowerSpec
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Query (scaled), key, value of prefixes ``[N, heads, P, d]`` and suffixes ``[N, heads, C, L, d]``."""
-    count, labels = len(layout.prefixes), len(layout.suffixes)
-    longest = max(layout.prefixes)
-    padded = _Take.apply(qkv, index.spread, index.spread_back)
-    prefix, suffix = padded.split([count * longest, len(padded) - count * longest])
-    query, key, value = prefix.reshape(count, longest, 3, spec.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-    own = suffix.reshape(count, labels, max(layout.suffixes), 3, spec.heads, -1).permute(3, 0, 4, 1, 2, 5)
-    own_query, own_key, own_value = own.unbind(0)
-    scale = query.shape[-1] ** -0.5
-    return (query * scale, key, value), (own_query * scale, own_key, own_value)
+def _spread(rows: Tensor, index: _Index, spec: TowerSpec) -> tuple[Tensor, Tensor]:
+    """Packed rows ``[R, W]`` to prefixes ``[N, heads, P, d]`` and suffixes ``[N, heads, C, L, d]``."""
+    count, longest = index.prefix_mask.shape[0], index.causal.shape[0]
+    labels, _, longest_suffix = index.end_mask.shape
+    padded = _Take.apply(rows, index.spread, index.spread_back)
+    prefix, suffix = padded.split([count * longest, count * labels * longest_suffix])
+    return (
+        prefix.reshape(count, longest, spec.heads, -1).transpose(1, 2),
+        suffix.reshape(count, labels, longest_suffix, spec.heads, -1).permute(0, 3, 1, 2, 4),
+    )
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``[..., heads, d]`` to rows ``[·, W]``."""
+    return x.flatten(-2).flatten(0, -2)
 
 
 def _attend_suffix(

@@ -33,26 +33,35 @@ class TowerSpec:
     epsilon: float
 
 
-def take_layers(source: Weights, prefix: str, layers: int) -> dict[str, Tensor]:
-    """Rename a Hugging Face encoder's weights; query, key and value projections become one matrix."""
+def take_layers(source: Weights, prefix: str, spec: TowerSpec) -> dict[str, Tensor]:
+    """Rename a Hugging Face encoder's weights; matrices become ``[in, out]``, queries come out scaled by 1/√d."""
     weights: dict[str, Tensor] = {}
-    for index in range(layers):
-        there, here = f"{prefix}.encoder.layers.{index}", f"layers.{index}"
-        for kind in ("weight", "bias"):
-            weights[f"{here}.qkv.{kind}"] = torch.cat(
-                [source[f"{there}.self_attn.{name}_proj.{kind}"] for name in "qkv"]
-            )
-            weights[f"{here}.out.{kind}"] = source[f"{there}.self_attn.out_proj.{kind}"]
-            weights[f"{here}.norm1.{kind}"] = source[f"{there}.layer_norm1.{kind}"]
-            weights[f"{here}.norm2.{kind}"] = source[f"{there}.layer_norm2.{kind}"]
-            weights[f"{here}.up.{kind}"] = source[f"{there}.mlp.fc1.{kind}"]
-            weights[f"{here}.down.{kind}"] = source[f"{there}.mlp.fc2.{kind}"]
+    names = {
+        "query": "self_attn.q_proj",
+        "key": "self_attn.k_proj",
+        "value": "self_attn.v_proj",
+        "out": "self_attn.out_proj",
+        "up": "mlp.fc1",
+        "down": "mlp.fc2",
+        "norm1": "layer_norm1",
+        "norm2": "layer_norm2",
+    }
+    for layer in range(spec.layers):
+        for here, there in names.items():
+            for kind in ("weight", "bias"):
+                value = source[f"{prefix}.encoder.layers.{layer}.{there}.{kind}"]
+                if here == "query":
+                    value = value * (value.shape[0] // spec.heads) ** -0.5
+                weights[f"layers.{layer}.{here}.{kind}"] = value.T.contiguous() if value.ndim == 2 else value
     return weights
 
 
 def linear(weights: Weights, name: str, x: Tensor) -> Tensor:
     """``x [..., in]`` to ``[..., out]``."""
-    return functional.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+    weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
+    if bias is None:
+        return x @ weight
+    return torch.addmm(bias, x, weight) if x.ndim == 2 else x @ weight + bias
 
 
 def norm(weights: Weights, name: str, x: Tensor, spec: TowerSpec) -> Tensor:
@@ -69,12 +78,9 @@ def feed_forward(weights: Weights, layer: str, x: Tensor, spec: TowerSpec) -> Te
     return x + linear(weights, f"{layer}.down", hidden)
 
 
-def split_heads(qkv: Tensor, spec: TowerSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """``[B, T, 3W]`` to query (scaled by 1/√d), key and value, each ``[B, heads, T, d]``."""
-    batch, length, width = qkv.shape
-    parts = qkv.reshape(batch, length, 3, spec.heads, width // (3 * spec.heads)).permute(2, 0, 3, 1, 4)
-    query, key, value = parts.unbind(0)
-    return query * query.shape[-1] ** -0.5, key, value
+def split_heads(x: Tensor, spec: TowerSpec) -> Tensor:
+    """``[B, T, W]`` to ``[B, heads, T, d]``."""
+    return x.unflatten(-1, (spec.heads, -1)).transpose(1, 2)
 
 
 def merge_heads(x: Tensor) -> Tensor:
@@ -83,7 +89,7 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention of every token to every token, written out so that any exporter and gradient takes it."""
+    """Attention of every query to every key, written out so that any exporter and gradient takes it."""
     return torch.softmax(query @ key.transpose(-1, -2), dim=-1) @ value
 
 
