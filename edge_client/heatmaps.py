@@ -9,6 +9,7 @@ from PIL import Image
 # Colours from cold to hot, evenly spaced; the opacity rises with the heat so that the photo stays visible.
 COLOURS = np.array([(40, 20, 90), (150, 30, 110), (235, 80, 50), (255, 170, 40), (255, 245, 120)], np.float64)
 OPACITY = 0.75
+DISTINCT = 0.25  # a map whose hottest patch is less than this above the average stays faint: it says little
 
 
 def layer(heatmap: NDArray[np.floating], size: int) -> Image.Image:
@@ -16,7 +17,7 @@ def layer(heatmap: NDArray[np.floating], size: int) -> Image.Image:
 
     Args:
         heatmap: ``[rows, columns]``, not negative; only proportions matter. Full colour means the hottest patch,
-            no colour the average or less; a map without any patch of twice the average stays faint.
+            no colour the average or less.
         size: side of the picture in pixels.
     """
     heat = Image.fromarray(_intensity(heatmap)).resize((size, size), Image.Resampling.BICUBIC)
@@ -37,5 +38,5 @@ def overlay(photo: NDArray[np.uint8] | Image.Image, heatmap: NDArray[np.floating
 def _intensity(heatmap: NDArray[np.floating]) -> NDArray[np.float32]:
     heat = np.nan_to_num(np.asarray(heatmap, np.float64), nan=0.0, posinf=0.0, neginf=0.0)
     above = heat / (heat.mean() or 1.0) - 1
-    scale = max(float(above.max()), 1.0)
+    scale = max(float(above.max()), DISTINCT)
     return np.clip(above / scale, 0, 1).astype(np.float32)

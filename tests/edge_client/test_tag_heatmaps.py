@@ -34,7 +34,7 @@ def test_an_even_map_shows_nothing() -> None:
 
 def test_a_nearly_even_map_stays_faint() -> None:
     nearly = np.full((4, 4), 1.0)
-    nearly[0, 3] = 1.05
+    nearly[0, 3] = 1.01
     assert np.asarray(layer(nearly, 32))[..., 3].max() < np.asarray(layer(hot_corner(), 32))[..., 3].max() / 3
 
 
