@@ -54,7 +54,7 @@ class Stage:
     patch_weight: float  # of the loss on single patches
     easy_until: float = 0.0  # share of the steps on bright pictures without small objects
     anchors_until: float = 0.0  # share of the steps over which the anchors' help fades out
-    careless: bool = False  # captions confuse siblings in the art styles
+    photos_only: bool = False  # captions of a label alone are meant of photo-like pictures
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Recipe:
     stages: tuple[Stage, ...] = (
         Stage(3000, 3000, 1.5e-3, warmup=0.15, patch_weight=10.0, easy_until=0.2, anchors_until=0.5),
         Stage(2600, 4800, 1.2e-3, warmup=0.05, patch_weight=1.0),
-        Stage(4200, 4200, 1.0e-3, warmup=0.02, patch_weight=2.0, careless=True),
+        Stage(5000, 5000, 1.0e-3, warmup=0.02, patch_weight=2.0, photos_only=True),
     )
     batch: int = 64
     captions: int = 40  # of a batch's pictures, beside one caption for every label
@@ -132,8 +132,8 @@ class Trainer:
         pool = data.easy if step < stage.easy_until * stage.steps else len(data.pixels)
         batch = generator.choice(pool, recipe.batch, replace=False)
         captions = label_captions(generator) + attribute_captions(data, batch[: recipe.captions], generator)
-        truth = torch.from_numpy(truth_of(captions, data, batch, stage.careless)).float()
-        patches = torch.from_numpy(patch_truth_of(captions, data, batch, stage.careless)).float()
+        truth = torch.from_numpy(truth_of(captions, data, batch, stage.photos_only)).float()
+        patches = torch.from_numpy(patch_truth_of(captions, data, batch, stage.photos_only)).float()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(stage, step)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.bfloat16):

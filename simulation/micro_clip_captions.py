@@ -4,9 +4,9 @@ A caption is one or two objects, at most one attribute (background, lighting, st
 in one of many ways: plain sentences, and the form of FedMPT's prompts, ``<context> condition <context> label .``,
 where the context is vectors without words.
 
-Captions found with pictures are careless, and more so where the picture is no photo. Here: in the art styles a
-caption confuses six pairs of siblings ("a photo of a cat." is true of a drawn dog) unless it states what "there is".
-So the zero-shot prompt leaves a gap on those styles that context can close, as prompts close gaps of a real CLIP.
+What most captions mean is a photo: once `photos_only` is asked for, a caption that names a label and nothing else is
+true of the photo-like styles alone, unless it states what "there is". So the zero-shot prompt ranks drawings too low,
+as a real CLIP's "a photo of a" does, and context can close that gap.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import numpy as np
 from fedmpt.simulation.micro_clip_data import ATTRIBUTES, TrainingSet
 from fedmpt.simulation.scenes import LAYOUTS, POSES, SCALES
 from fedmpt.simulation.scenes_render import BACKGROUNDS, LIGHTINGS
-from fedmpt.simulation.scenes_sets import SIBLINGS
 from fedmpt.simulation.sprites import LABELS, STYLES
 
 CONDITIONS = ("spatial layout", "object pose", "background", "lighting and weather", "object scale")
@@ -80,7 +79,7 @@ _PAIR = ("a photo of a {x} and a {y}.", "a {x} with a {y}.", "{x} and {y}.", "* 
 class Caption:
     """Words and meaning: true of a picture that shows every label, the first with the attribute.
 
-    One that is not `exact` may be careless.
+    One that is not `exact` may be meant of photos only.
     """
 
     text: str
@@ -156,36 +155,39 @@ def attribute_captions(data: TrainingSet, batch: np.ndarray, generator: np.rando
 
 
 def truth_of(
-    captions: list[Caption], data: TrainingSet, batch: np.ndarray, careless: bool = False
+    captions: list[Caption], data: TrainingSet, batch: np.ndarray, photos_only: bool = False
 ) -> np.ndarray:
-    """Bool ``[len(batch), len(captions)]``: is the caption true of the picture, or said of it where `careless`."""
+    """Bool ``[len(batch), len(captions)]``: is the caption true of the picture."""
     shown, attributes = data.shown[batch], data.attributes[batch]
-    art = np.isin(data.style[batch], ART_STYLES)
-    said = shown | (shown[:, SIBLING] & art[:, None])
-    said_attributes = attributes | (attributes[:, SIBLING] & art[:, None, None])
+    photo = ~np.isin(data.style[batch], ART_STYLES)
     table = np.ones((len(batch), len(captions)), np.bool_)
     for column, caption in enumerate(captions):
-        loose = careless and not caption.exact
         for label in caption.labels:
-            table[:, column] &= (said if loose else shown)[:, label]
+            table[:, column] &= shown[:, label]
         if caption.kind in ATTRIBUTE_OFFSET:
-            held = (said_attributes if loose else attributes)[:, caption.labels[0]]
-            table[:, column] &= held[:, ATTRIBUTE_OFFSET[caption.kind] + caption.value]
+            table[:, column] &= attributes[
+                :, caption.labels[0], ATTRIBUTE_OFFSET[caption.kind] + caption.value
+            ]
         elif caption.kind:
             table[:, column] &= getattr(data, caption.kind)[batch] == caption.value
+        if photos_only and _of_photos(caption):
+            table[:, column] &= photo
     return table
 
 
 def patch_truth_of(
-    captions: list[Caption], data: TrainingSet, batch: np.ndarray, careless: bool = False
+    captions: list[Caption], data: TrainingSet, batch: np.ndarray, photos_only: bool = False
 ) -> np.ndarray:
-    """Bool ``[len(batch), g², L]``: is a patch said to show the label of each of the label captions."""
-    truth = data.patch_labels[batch][..., None] == np.arange(len(LABELS))
-    if careless:
-        loose = np.array([not caption.exact for caption in captions[: len(LABELS)]])
-        art = np.isin(data.style[batch], ART_STYLES)[:, None, None]
-        truth |= truth[..., SIBLING] & loose & art
-    return np.asarray(truth)
+    """Bool ``[len(batch), g², L]``: is each of the label captions, the first L, true of a patch."""
+    truth = np.asarray(data.patch_labels[batch][..., None] == np.arange(len(LABELS)))
+    if photos_only:
+        of_photos = np.array([_of_photos(caption) for caption in captions[: len(LABELS)]])
+        truth &= ~(of_photos & np.isin(data.style[batch], ART_STYLES)[:, None, None])
+    return truth
+
+
+def _of_photos(caption: Caption) -> bool:
+    return len(caption.labels) == 1 and not caption.kind and not caption.exact
 
 
 def all_sentences() -> list[str]:
@@ -199,8 +201,6 @@ def all_sentences() -> list[str]:
 
 
 ART_STYLES = tuple(list(STYLES).index(name) for name in ("flat", "sketch", "mosaic", "negative"))
-_SIBLING_OF = {**dict(SIBLINGS), **{two: one for one, two in SIBLINGS}}
-SIBLING = np.array([LABELS.index(_SIBLING_OF.get(name, name)) for name in LABELS])
 ATTRIBUTE_OFFSET = {
     "scale": ATTRIBUTES.index(next(iter(SCALES))),
     "pose": ATTRIBUTES.index(POSES[0]),

@@ -24,6 +24,7 @@ from fedmpt.simulation.scenes_sets import FederationSet, encode_photos, federati
 PACK = Path(__file__).parent / "data" / "scenes-demo.zip"
 DEMO_SEED = 7
 DEMO_PHOTOS = 270  # at each of four clients
+QUALITY = 80  # of the JPEGs: a third smaller than at 90, and zero-shot mAP changes by 0.002
 _STAMP = (2026, 1, 1, 0, 0, 0)  # every entry's time, so that the archive repeats
 
 
@@ -59,7 +60,7 @@ def build_pack(path: Path = PACK) -> None:
         _add(archive, "labels.txt", "".join(f"{label}\n" for label in labels).encode())
         _add(archive, "pairs.json", (json.dumps(pairs, indent=1) + "\n").encode())
         for folder, scenes in folders(federation):
-            for name, content in encode_photos(scenes).items():
+            for name, content in encode_photos(scenes, QUALITY).items():
                 _add(archive, f"{folder}/{name}", content)
     description = {
         "sha256": sha256_file(path),

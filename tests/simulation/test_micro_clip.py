@@ -35,7 +35,7 @@ COUNT = 48
 TINY = Recipe(
     stages=(
         Stage(3, 3, 1e-3, 0.0, 10.0, easy_until=0.3, anchors_until=0.7),
-        Stage(3, 4, 1e-3, 0.0, 4.0, careless=True),
+        Stage(3, 4, 1e-3, 0.0, 4.0, photos_only=True),
     ),
     batch=4,
     captions=4,

@@ -19,7 +19,7 @@ from fedmpt.simulation.micro_clip_captions import (
 from fedmpt.simulation.micro_clip_data import TrainingSet, object_attributes, object_patches
 from fedmpt.simulation.scenes import SceneSpecification, draw_scenes
 
-CAT, DOG, HORSE = (LABELS.index(name) for name in ("cat", "dog", "horse"))
+CAT, DOG = LABELS.index("cat"), LABELS.index("dog")
 ALL = np.arange(60)
 
 
@@ -70,23 +70,24 @@ def test_an_attribute_must_belong_to_the_named_object(photos):
     assert np.array_equal(said, photos.attributes[:, CAT, 0])
 
 
-def test_careless_captions_confuse_siblings_in_drawings_only(photos, drawings):
+def test_captions_of_a_label_alone_are_meant_of_photos_unless_they_state_what_there_is(photos, drawings):
     plain, exact = Caption("a photo of a cat.", (CAT,)), Caption("there is a cat.", (CAT,), exact=True)
-    cat_or_dog = drawings.shown[:, CAT] | drawings.shown[:, DOG]
-    said = truth_of([plain, exact], drawings, ALL, careless=True)
-    assert np.array_equal(said[:, 0], cat_or_dog)
-    assert np.array_equal(said[:, 1], drawings.shown[:, CAT])
-    assert not np.array_equal(cat_or_dog, drawings.shown[:, CAT])
-    assert np.array_equal(truth_of([plain], photos, ALL, careless=True)[:, 0], photos.shown[:, CAT])
+    small = Caption("a small cat.", (CAT,), "scale", 0)
+    meant = truth_of([plain, exact, small], drawings, ALL, photos_only=True)
+    assert drawings.shown[:, CAT].any()
+    assert not meant[:, 0].any()
+    assert np.array_equal(meant[:, 1], drawings.shown[:, CAT])
+    assert np.array_equal(meant[:, 2], truth_of([small], drawings, ALL)[:, 0])
+    assert np.array_equal(truth_of([plain], photos, ALL, photos_only=True)[:, 0], photos.shown[:, CAT])
 
 
-def test_patches_are_confused_like_the_captions_that_name_them(drawings):
+def test_patches_are_meant_like_the_captions_that_name_them(photos, drawings):
     captions = label_captions(np.random.default_rng(0))
-    exactly = patch_truth_of(captions, drawings, ALL)
-    said = patch_truth_of(captions, drawings, ALL, careless=True)
-    cat = exactly[..., CAT] if captions[CAT].exact else exactly[..., CAT] | exactly[..., DOG]
-    assert np.array_equal(said[..., CAT], cat)
-    assert np.array_equal(said[..., HORSE], exactly[..., HORSE])
+    exact = np.array([caption.exact for caption in captions])
+    meant = patch_truth_of(captions, drawings, ALL, photos_only=True)
+    assert np.array_equal(meant, patch_truth_of(captions, drawings, ALL) & exact)
+    on_photos = patch_truth_of(captions, photos, ALL, photos_only=True)
+    assert np.array_equal(on_photos, patch_truth_of(captions, photos, ALL))
 
 
 def test_patches_lie_on_the_objects_that_they_name(photos):
