@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.util import find_spec
+
 from torch import Tensor
 
 from fedmpt.kernels import reference
@@ -32,7 +35,13 @@ def region_transport(
             raise ValueError(f"{name} is {value}; it must be above 0")
     if iterations < 1:
         raise ValueError(f"iterations is {iterations}; at least 1 is needed")
-    return reference.region_transport(
+    implementation = reference.region_transport
+    if tokens.is_cuda and _has_triton():
+        from fedmpt.kernels import triton_region_transport
+
+        if triton_region_transport.supports(tokens, text, adapters):
+            implementation = triton_region_transport.region_transport
+    return implementation(
         tokens,
         text,
         logit_scale=logit_scale,
@@ -55,7 +64,13 @@ def asymmetric_loss(
     """
     _check("logits", logits, ("B", "C"), {}, floating=True)
     _check_loss(labels, {"B": logits.shape[0], "C": logits.shape[1]}, logits, gamma_pos, gamma_neg, clip)
-    return reference.asymmetric_loss(logits, labels, gamma_pos=gamma_pos, gamma_neg=gamma_neg, clip=clip)
+    implementation = reference.asymmetric_loss
+    if logits.is_cuda and _has_triton():
+        from fedmpt.kernels import triton_asymmetric_loss
+
+        if triton_asymmetric_loss.supports(logits):
+            implementation = triton_asymmetric_loss.asymmetric_loss
+    return implementation(logits, labels, gamma_pos=gamma_pos, gamma_neg=gamma_neg, clip=clip)
 
 
 def gated_asymmetric_loss(
@@ -81,9 +96,19 @@ def gated_asymmetric_loss(
     _check("bias", bias, (), sizes, floating=True)
     _same_device(psi, gate=gate, scale=scale, bias=bias)
     _check_loss(labels, sizes, psi, gamma_pos, gamma_neg, clip)
-    return reference.gated_asymmetric_loss(
-        psi, gate, scale, bias, labels, gamma_pos=gamma_pos, gamma_neg=gamma_neg, clip=clip
-    )
+    implementation = reference.gated_asymmetric_loss
+    if psi.is_cuda and _has_triton():
+        from fedmpt.kernels import triton_asymmetric_loss
+
+        if triton_asymmetric_loss.supports(psi, gate, scale, bias):
+            implementation = triton_asymmetric_loss.gated_asymmetric_loss
+    return implementation(psi, gate, scale, bias, labels, gamma_pos=gamma_pos, gamma_neg=gamma_neg, clip=clip)
+
+
+@cache
+def _has_triton() -> bool:
+    """Triton is not there for every platform that has CUDA."""
+    return find_spec("triton") is not None
 
 
 def _check_features(tokens: Tensor, text: Tensor, adapters: tuple[Tensor, Tensor] | None) -> None:

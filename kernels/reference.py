@@ -7,6 +7,8 @@ in float32 (float64 where an input is float64), and nothing depends on the value
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -80,22 +82,27 @@ def similarity(tokens: Tensor, text: Tensor) -> Tensor:
     return product.transpose(1, 2).contiguous()
 
 
-def adapter_terms(tokens: Tensor, text: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def adapter_terms(
+    tokens: Tensor,
+    text: Tensor,
+    down: Tensor,
+    up: Tensor,
+    products: Callable[[Tensor, Tensor], Tensor] = similarity,
+) -> tuple[Tensor, Tensor, Tensor]:
     """What turns z·t into normalise(z + up·down·z)·t without forming the adapted tokens [B, N, M, D].
 
     With h = down·z: (z + up·h)·t = z·t + h·(upᵀt) and |z + up·h|² = |z|² + h·(2·upᵀz + upᵀup·h).
 
+    Args:
+        products: how tokens are multiplied with down and upᵀ.
+
     Returns:
-        h [B, N, M, r], upᵀt [N, C, r], and 1/|z + up·h| [B, N, M] in at least float32.
+        h [B, N, M, r], upᵀt [N, C, r], and 1/|z + up·h| [B, N, M].
     """
-    hidden, projected = similarity(tokens, down), similarity(tokens, up.transpose(1, 2))
-    precise = torch.promote_types(tokens.dtype, torch.float32)
-    squares = tokens.to(precise).square().sum(-1)
-    gram = (up.transpose(1, 2) @ up).to(precise)
-    h = hidden.to(precise)
-    square_norm = (squares if tokens.dim() == 4 else squares[:, None]) + (
-        h * (2 * projected.to(precise) + h @ gram)
-    ).sum(-1)
+    hidden, projected = products(tokens, down), products(tokens, up.transpose(1, 2))
+    squares = torch.linalg.vector_norm(tokens, dim=-1, dtype=hidden.dtype).square()
+    change = hidden * (2 * projected + hidden @ (up.transpose(1, 2) @ up))
+    square_norm = (squares if tokens.dim() == 4 else squares[:, None]) + change.sum(-1)
     return hidden, text @ up, square_norm.clamp_min(1e-12).rsqrt()
 
 

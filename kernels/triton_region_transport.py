@@ -1,0 +1,387 @@
+"""Region transport on Triton: configurations, launches and gradients of the kernels beside this file.
+
+The forward pass keeps two numbers a patch and one a label; the backward pass makes everything else again.
+Importing this imports Triton. ``reference.region_transport`` is the definition.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from fedmpt.kernels import reference
+from fedmpt.kernels.triton_region_backward import label_gradient_kernel, patch_gradient_kernel, plan_kernel
+from fedmpt.kernels.triton_region_forward import blocked_kernel, plane_kernel
+
+MAXIMUM_PATCHES, MAXIMUM_RANK = {2: 1024, 4: 256}, 128  # patches by bytes a token element
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+POOLING_CODES = {"transport": 0, "softmax": 1, "max": 2}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One kernel configuration: a block of ``m`` patches by ``c`` labels, ``d`` of the width multiplied at a time.
+
+    ``keep``: the cosines stay on chip beside the weights, instead of being multiplied again at the end.
+    ``y``: the backward kernels' block of the gradient's width.
+    """
+
+    m: int
+    c: int
+    d: int
+    warps: int
+    stages: int
+    keep: bool = False
+    y: int = 0
+
+
+PLANES = {
+    2: (
+        Tile(64, 32, 64, 4, 3, keep=True),
+        Tile(64, 128, 64, 8, 3, keep=True),
+        Tile(256, 32, 64, 8, 3, keep=True),
+        Tile(256, 128, 16, 8, 3),
+        Tile(512, 32, 32, 16, 2, keep=True),
+    ),
+    4: (
+        Tile(64, 32, 32, 4, 2, keep=True),
+        Tile(256, 32, 32, 8, 2, keep=True),
+    ),
+}
+"""Planes that stay on chip, by bytes a token element, in the order in which they are tried."""
+
+BLOCKED = {
+    2: (Tile(256, 32, 32, 8, 2), Tile(1024, 8, 16, 16, 1)),
+    4: (Tile(256, 16, 16, 8, 2),),
+}
+"""The second path, by M: blocks of labels, for planes that fit none of the above."""
+
+GRADIENTS = {
+    2: (Tile(64, 32, 64, 8, 3, y=256), Tile(64, 64, 64, 8, 3, y=256)),
+    4: (Tile(32, 32, 32, 4, 2, y=64),),
+}
+"""The kernels that make planes again: the first whose ``c`` holds all labels, else the last."""
+
+LABEL_GRADIENT_PROGRAMS = 96
+"""Images are split into groups until about so many programs run; each group costs one partial sum of dt."""
+
+
+def supports(tokens: Tensor, text: Tensor, adapters: tuple[Tensor, Tensor] | None) -> bool:
+    """Whether the kernels take these sizes and dtypes; what they do not take is the reference's."""
+    rank = adapters[0].shape[1] if adapters else 0
+    return (
+        tokens.dtype in DTYPES
+        and all(t.dtype in DTYPES for t in (text, *(adapters or ())))
+        and 0 not in tokens.shape
+        and tokens.shape[-2] <= MAXIMUM_PATCHES[tokens.element_size()]
+        and rank <= MAXIMUM_RANK
+    )
+
+
+def region_transport(
+    tokens: Tensor,
+    text: Tensor,
+    *,
+    logit_scale: float,
+    tau: float,
+    reg: float,
+    iterations: int,
+    pooling: str = "transport",
+    adapters: tuple[Tensor, Tensor] | None = None,
+    return_plan: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``reference.region_transport`` by Triton kernels; products in the tokens' dtype, sums in float32."""
+    text = text.float()
+    hidden = folded = inverse_norm = None
+    if adapters is not None:
+        down, up = (adapter.float() for adapter in adapters)
+        hidden, folded, inverse_norm = reference.adapter_terms(tokens, text, down, up, mixed_similarity)
+    features = tokens, text, hidden, folded, inverse_norm
+    psi, *statistics = _forward(*features, logit_scale / tau, reg, iterations, pooling)
+    if not return_plan:
+        return psi
+    with torch.no_grad():
+        return psi, _plan(*features, *statistics, logit_scale / tau, reg, pooling)
+
+
+def forward_tile(patches: int, labels: int, itemsize: int, scaling: bool) -> tuple[Tile, bool]:
+    """The configuration for a plane and bytes a token element, and whether the plane stays on chip.
+
+    A plane that fills the registers pays only while the scalings are iterated: one product an element.
+    """
+    for tile in PLANES[itemsize]:
+        if patches <= tile.m and labels <= tile.c and (tile.keep or scaling):
+            return tile, True
+    return next(tile for tile in BLOCKED[itemsize] if patches <= tile.m), False
+
+
+def gradient_tile(labels: int, itemsize: int) -> Tile:
+    """The backward kernels' configuration."""
+    tiles = GRADIENTS[itemsize]
+    return next((tile for tile in tiles if labels <= tile.c), tiles[-1])
+
+
+def rank_block(rank: int) -> int:
+    """A power of two that holds the rank and that a matrix product can have as a side."""
+    return max(16, triton.next_power_of_2(rank))
+
+
+@torch.library.custom_op("fedmpt::region_transport", mutates_args=())
+def _forward(
+    tokens: Tensor,
+    text: Tensor,
+    hidden: Tensor | None,
+    folded: Tensor | None,
+    inverse_norm: Tensor | None,
+    scale: float,
+    reg: float,
+    iterations: int,
+    pooling: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """ψ and the statistics row logsumexp, f (both empty but for transport) and g."""
+    outputs = _forward_outputs(tokens, text, hidden, folded, inverse_norm, scale, reg, iterations, pooling)
+    inputs, sizes = _inputs(tokens, text, hidden, folded, inverse_norm)
+    scaling = pooling == "transport" and reg >= reference.SCALING_REG
+    tile, on_chip = forward_tile(tokens.shape[-2], text.shape[1], tokens.element_size(), scaling)
+    constants = _constants(tile, pooling, hidden)
+    if on_chip:
+        constants |= {"SCALING": scaling, "KEEP": tile.keep}
+    kernel = plane_kernel if on_chip else blocked_kernel
+    kernel[(len(tokens) * len(text),)](*inputs, *outputs, *sizes, scale, 1 / reg, iterations, **constants)
+    return outputs
+
+
+@_forward.register_fake
+def _forward_outputs(
+    tokens: Tensor,
+    text: Tensor,
+    hidden: Tensor | None,
+    folded: Tensor | None,
+    inverse_norm: Tensor | None,
+    scale: float,
+    reg: float,
+    iterations: int,
+    pooling: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    b, m, n, c = tokens.shape[0], tokens.shape[-2], text.shape[0], text.shape[1]
+    rows = (b, n, m) if pooling == "transport" else (0,)
+    shapes = ((b, n, c), rows, rows, (b, n, c))
+    psi, row_lse, f, g = (torch.empty(shape, dtype=torch.float32, device=tokens.device) for shape in shapes)
+    return psi, row_lse, f, g
+
+
+@torch.library.custom_op("fedmpt::region_transport_plan", mutates_args=())
+def _plan(
+    tokens: Tensor,
+    text: Tensor,
+    hidden: Tensor | None,
+    folded: Tensor | None,
+    inverse_norm: Tensor | None,
+    row_lse: Tensor,
+    f: Tensor,
+    g: Tensor,
+    scale: float,
+    reg: float,
+    pooling: str,
+) -> Tensor:
+    """The plan [B, N, M, C], from the statistics of the forward pass."""
+    plan = _plan_output(tokens, text, hidden, folded, inverse_norm, row_lse, f, g, scale, reg, pooling)
+    inputs, sizes = _inputs(tokens, text, hidden, folded, inverse_norm)
+    (b, n, m, c), tile = plan.shape, gradient_tile(text.shape[1], tokens.element_size())
+    grid = triton.cdiv(m, tile.m), triton.cdiv(c, tile.c), b * n
+    constants = _constants(tile, pooling, hidden)
+    plan_kernel[grid](*inputs, row_lse, f, g, plan, *sizes, scale, 1 / reg, **constants)
+    # Similarities made again differ in the last bit, and 1/λ magnifies that: columns are set right again.
+    return plan / (c * plan.sum(2, keepdim=True))
+
+
+@_plan.register_fake
+def _plan_output(
+    tokens: Tensor,
+    text: Tensor,
+    hidden: Tensor | None,
+    folded: Tensor | None,
+    inverse_norm: Tensor | None,
+    row_lse: Tensor,
+    f: Tensor,
+    g: Tensor,
+    scale: float,
+    reg: float,
+    pooling: str,
+) -> Tensor:
+    shape = tokens.shape[0], text.shape[0], tokens.shape[-2], text.shape[1]
+    return torch.empty(shape, dtype=torch.float32, device=tokens.device)
+
+
+@torch.library.custom_op("fedmpt::region_transport_backward", mutates_args=())
+def _backward(
+    dpsi: Tensor,
+    tokens: Tensor,
+    text: Tensor,
+    hidden: Tensor | None,
+    folded: Tensor | None,
+    inverse_norm: Tensor | None,
+    row_lse: Tensor,
+    f: Tensor,
+    g: Tensor,
+    scale: float,
+    reg: float,
+    pooling: str,
+    needs_tokens: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of tokens (empty unless needed), text, hidden, folded and inverse norm (empty without adapters)."""
+    inputs, sizes = _inputs(tokens, text, hidden, folded, inverse_norm)
+    inputs += row_lse, f, g, dpsi.contiguous()
+    z, t, h, k = inputs[:4]
+    b, (n, m, c, d, rank) = len(tokens), sizes[:5]
+    tile = gradient_tile(c, tokens.element_size())
+    constants = _constants(tile, pooling, hidden)
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=tokens.device)
+
+    def label_gradient(y: Tensor, width: int, block: int) -> Tensor:
+        programs = n * triton.cdiv(c, tile.c), triton.cdiv(width, block)
+        groups = min(triton.cdiv(b, 4), triton.cdiv(LABEL_GRADIENT_PROGRAMS, programs[0] * programs[1]))
+        per_group = triton.cdiv(b, groups)
+        partial = empty(triton.cdiv(b, per_group), n, c, width)
+        label_gradient_kernel[(*programs, len(partial))](
+            *inputs, y, partial, b, *sizes, width, *_token_strides(y), scale, 1 / reg, per_group,
+            BLOCK_Y=block, **constants,
+        )  # fmt: skip
+        return partial.sum(0)
+
+    def patch_gradient(y: Tensor, width: int, block: int, parts: int, norm: Tensor | None) -> Tensor:
+        gradient = empty(b, parts, m, width)
+        patch_gradient_kernel[(triton.cdiv(m, tile.m), triton.cdiv(width, block), b * parts)](
+            *inputs, y, gradient, gradient if norm is None else norm, *sizes, width, scale, 1 / reg, parts,
+            WRITE_NORM=norm is not None, BLOCK_Y=block, **constants,
+        )  # fmt: skip
+        return gradient
+
+    dtext = label_gradient(z, d, tile.y)
+    dtokens, dhidden, dfolded, dinverse_norm = empty(0), empty(0), empty(0), empty(0)
+    if needs_tokens:
+        dtokens = patch_gradient(t, d, tile.y, n if tokens.dim() == 4 else 1, None)
+        dtokens = dtokens.reshape(tokens.shape).to(tokens.dtype)
+    if rank:
+        dinverse_norm = empty(b, n, m)
+        dhidden = patch_gradient(k, rank, rank_block(rank), n, dinverse_norm)
+        dfolded = label_gradient(h, rank, rank_block(rank))
+    return dtokens, dtext, dhidden, dfolded, dinverse_norm
+
+
+@_backward.register_fake
+def _backward_outputs(
+    dpsi: Tensor,
+    tokens: Tensor,
+    text: Tensor,
+    hidden: Tensor | None,
+    folded: Tensor | None,
+    inverse_norm: Tensor | None,
+    row_lse: Tensor,
+    f: Tensor,
+    g: Tensor,
+    scale: float,
+    reg: float,
+    pooling: str,
+    needs_tokens: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def like(tensor: Tensor | None) -> Tensor:
+        return text.new_empty(0 if tensor is None else tensor.shape)
+
+    dtokens = tokens.new_empty(tokens.shape) if needs_tokens else text.new_empty(0)
+    return dtokens, like(text), like(hidden), like(folded), like(inverse_norm)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    tokens, text, hidden, folded, inverse_norm, scale, reg, _, pooling = inputs
+    ctx.save_for_backward(tokens, text, hidden, folded, inverse_norm, *output[1:])
+    ctx.options = scale, reg, pooling
+
+
+def _gradients(ctx: Any, dpsi: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    adapted = ctx.saved_tensors[2] is not None
+    dtokens, dtext, dhidden, dfolded, dinverse_norm = _backward(
+        dpsi, *ctx.saved_tensors, *ctx.options, ctx.needs_input_grad[0]
+    )
+    return (
+        dtokens if ctx.needs_input_grad[0] else None,
+        dtext,
+        *((dhidden, dfolded, dinverse_norm) if adapted else (None, None, None)),
+        *[None] * 4,
+    )
+
+
+_forward.register_autograd(_gradients, setup_context=_setup_context)
+
+
+class _MixedSimilarity(torch.autograd.Function):
+    """``reference.similarity`` of half-precision tokens with float32 features, multiplied in half precision.
+
+    The gradient is scaled by its peak before it is rounded: float16 would lose most of it otherwise.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, features: Tensor) -> Tensor:
+        features = features.to(tokens.dtype)
+        ctx.save_for_backward(tokens, features)
+        return reference.similarity(tokens, features).float()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor]:
+        tokens, features = ctx.saved_tensors
+        peak = gradient.abs().amax().clamp_min(1e-30)
+        scaled = (gradient / peak).to(tokens.dtype)
+        token_axes = "bmd" if tokens.dim() == 3 else "bnmd"
+        dfeatures = torch.einsum(f"bnmr,{token_axes}->nrd", scaled, tokens).float() * peak
+        if not ctx.needs_input_grad[0]:
+            return None, dfeatures
+        dtokens = torch.einsum(f"bnmr,nrd->{token_axes}", scaled, features).float() * peak
+        return dtokens.to(tokens.dtype), dfeatures
+
+
+def mixed_similarity(tokens: Tensor, features: Tensor) -> Tensor:
+    """Inner products [B, N, M, r] in float32 of tokens of any dtype with float32 features [N, r, D]."""
+    if tokens.dtype == torch.float32:
+        return reference.similarity(tokens, features)
+    product: Tensor = _MixedSimilarity.apply(tokens, features)  # type: ignore[no-untyped-call]
+    return product
+
+
+def _inputs(
+    tokens: Tensor, text: Tensor, hidden: Tensor | None, folded: Tensor | None, inverse_norm: Tensor | None
+) -> tuple[list[Tensor], tuple[int, ...]]:
+    """What every kernel starts with: z, t, h, k (t, h and k in z's dtype), inverse norm; and N, M, C, D, R, strides.
+
+    Where there are no adapters, the pointers to what is absent are never read.
+    """
+    t = text.to(tokens.dtype).contiguous()
+    n, c, d = text.shape
+    sizes = n, tokens.shape[-2], c, d, 0 if hidden is None else hidden.shape[3], *_token_strides(tokens)
+    if hidden is None or folded is None or inverse_norm is None:
+        return [tokens, t, t, t, text], sizes
+    h, k = (tensor.to(tokens.dtype).contiguous() for tensor in (hidden, folded))
+    return [tokens, t, h, k, inverse_norm.contiguous()], sizes
+
+
+def _constants(tile: Tile, pooling: str, hidden: Tensor | None) -> dict[str, Any]:
+    """What every kernel is compiled for."""
+    return {
+        "POOLING": POOLING_CODES[pooling],
+        "ADAPTED": hidden is not None,
+        "BLOCK_M": tile.m,
+        "BLOCK_C": tile.c,
+        "BLOCK_D": tile.d,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+def _token_strides(tokens: Tensor) -> tuple[int, ...]:
+    """Strides over B, N, M and D; conditions that share their tokens are 0 apart."""
+    return tokens.stride() if tokens.dim() == 4 else (tokens.stride(0), 0, *tokens.stride()[1:])
