@@ -1,0 +1,164 @@
+"""Write ``docs/results.md`` and its plots from the newest record of each benchmark.
+
+``python benchmarks/results_page.py``. The page says nothing that is not in a record; the same records give
+the same page.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from check import RATES
+from plots import Chart, charts, draw
+from record import RESULTS
+from suite import SUITE, Benchmark
+
+from fedmpt.protocol.files import write_atomically
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+INTRODUCTION = """# Measured results
+
+Written by `python benchmarks/results_page.py` from the newest record of each benchmark in `benchmarks/results/`;
+do not edit it. A test fails when it is stale.
+
+How to read the tables: cases that are compared were measured in turn (A B A B …) in one run. Figures are
+*median ± spread* of so many runs, the spread being half the distance between the quartiles. A *ratio* above 1 is better
+than the alternative named beside it: for times, bytes and memory the alternative's median over the case's, for
+rates the reverse. *Floor reached* is the share of the best that the machine could do, from the operations and bytes
+that the work needs and from what the machine reached for matrix products and copies; it is empty where no floor
+was worked out. `+changes` behind a commit: there were changes that had not been committed. Other work on a machine
+makes its figures scatter: mind the spread.
+"""
+
+
+def main() -> None:
+    """Write the page and the plots; remove plots that are no longer shown."""
+    records = newest_records(RESULTS)
+    plots = DOCS / "results" / "plots"
+    drawn = {f"{chart.name}.svg": draw(chart) for chart in all_charts(records)}
+    for path in plots.glob("*.svg"):
+        if path.name not in drawn:
+            path.unlink()
+    for name, svg in drawn.items():
+        write_atomically(plots / name, svg)
+    write_atomically(DOCS / "results.md", render(records, DOCS))
+    print(f"{DOCS / 'results.md'}: {len(records)} of {len(SUITE)} benchmarks, {len(drawn)} plots")
+
+
+def newest_records(folder: Path) -> dict[str, Mapping[str, Any]]:
+    """The last record of every benchmark of the suite that has one."""
+    found = {}
+    for benchmark in SUITE:
+        path = folder / f"{benchmark.name}.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        if lines:
+            found[benchmark.name] = json.loads(lines[-1])
+    return found
+
+
+def all_charts(records: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
+    """Every plot of the page."""
+    known = [benchmark for benchmark in SUITE if benchmark.name in records]
+    return [chart for benchmark in known for chart in charts(records[benchmark.name], benchmark.grows)]
+
+
+def render(records: Mapping[str, Mapping[str, Any]], docs: Path) -> str:
+    """The page; ``docs`` is the folder whose ``results/`` holds the experiments that are linked."""
+    sections = [INTRODUCTION.strip(), *experiments(docs)]
+    for benchmark in SUITE:
+        sections += [f"## {benchmark.title}", benchmark.compares]
+        record = records.get(benchmark.name)
+        sections += section(benchmark, record) if record else ["Not measured yet."]
+    return "\n\n".join(sections) + "\n"
+
+
+def experiments(docs: Path) -> list[str]:
+    """Links to what was measured of the method itself: reports of experiments, and JSON files."""
+    links = [
+        f"- [{path.read_text().splitlines()[0].removeprefix('# ')}]({path.relative_to(docs).as_posix()})"
+        for path in sorted((docs / "results").glob("*/report.md"))
+    ]
+    links += [
+        f"- [{path.stem}]({path.relative_to(docs).as_posix()})"
+        for path in sorted((docs / "results").glob("*.json"))
+    ]
+    return ["## What the method achieves", "\n".join(links) or "Not measured yet."]
+
+
+def section(benchmark: Benchmark, record: Mapping[str, Any]) -> list[str]:
+    """How it was measured, table, plots and notes of one record."""
+    parts = [how(record), *table(record["rows"])]
+    parts += [
+        f"![{chart.title}](results/plots/{chart.name}.svg)" for chart in charts(record, benchmark.grows)
+    ]
+    return [*parts, record["notes"]] if record["notes"] else parts
+
+
+def how(record: Mapping[str, Any]) -> str:
+    """Command, commit, machine and versions."""
+    device, floor = record["device"], record["floor"]
+    machine = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in device.items())
+    lines = [
+        f"`{record['command']}`, commit `{record['commit']}`, {record['time'][:10]}",
+        f"machine: {machine}",
+    ]
+    if floor:
+        lines.append(
+            "the machine in that run: " + ", ".join(_floor(key, value) for key, value in floor.items())
+        )
+    lines.append(", ".join(f"{name} {version}" for name, version in record["versions"].items()))
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line with the parameters that all rows share, and the table of the rows."""
+    shared = {
+        key: value
+        for key, value in rows[0]["parameters"].items()
+        if all(row["parameters"].get(key) == value for row in rows)
+    }
+    header = ["case", "sizes", "median ± spread", "", "runs", "ratio", "floor reached"]
+    lines = [header, ["---", "---", "---:", "---", "---:", "---", "---:"]]
+    for row in rows:
+        own = {key: value for key, value in row["parameters"].items() if key not in shared}
+        ratio = "" if row["ratio"] is None else f"**{row['ratio']:.3g}** × {row['against']}"
+        spread = f" ± {number(row['spread'], 2)}" if len(row["samples"]) > 1 else ""
+        figure = number(row["median"], 4) + spread
+        runs = str(len(row["samples"]))
+        lines.append([row["name"], parameters(own), figure, row["unit"], runs, ratio, reached(row)])
+    text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return [f"In all rows: {parameters(shared)}.", text] if shared else [text]
+
+
+def reached(row: Mapping[str, Any]) -> str:
+    """The share of the floor: least time over time, or rate over highest rate."""
+    if row["floor"] is None:
+        return ""
+    rate = any(unit in row["unit"] for unit in RATES)
+    return f"{row['median'] / row['floor'] if rate else row['floor'] / row['median']:.0%}"
+
+
+def parameters(values: Mapping[str, Any]) -> str:
+    """``labels 20, batch 32``."""
+    return ", ".join(
+        f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in values.items()
+    )
+
+
+def number(value: float, digits: int) -> str:
+    """So many significant digits, never as a power of ten from 0.0001 on upwards."""
+    if abs(value) >= 10 ** (digits - 1):
+        return f"{value:,.0f}"
+    return f"{value:.{digits}g}"
+
+
+def _floor(key: str, value: float) -> str:
+    units = {"matmul_flops": "matmul {:.1f} GFLOP/s", "copy_bytes": "copy {:.1f} GB/s"}
+    return units[key].format(value / 1e9) if key in units else f"{key.replace('_', ' ')} {value:g}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""The list of all benchmarks: what each compares, what its plots run over, what a machine needs for it."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+SEARCH_PATH = "/usr/local/sbin:/usr/sbin:/usr/local/bin:/usr/bin:/bin"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """``benchmarks/<name>.py`` and its records ``results/<name>.jsonl``.
+
+    ``grows`` are the parameters (of rows) over which curves are drawn. It needs all ``packages`` and
+    ``commands``, and an NVIDIA GPU where ``gpu`` says so; without the ``optional`` packages it leaves cases out.
+    """
+
+    name: str
+    title: str
+    compares: str
+    grows: tuple[str, ...] = ()
+    packages: tuple[str, ...] = ("onnxruntime", "torch")
+    commands: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    gpu: bool = False
+
+
+SUITE = (
+    Benchmark(
+        "local_step",
+        "The local training step",
+        "One step, forward and backward, in ONNX Runtime as a site runs it, against PyTorch: eager with the "
+        "same prefix sharing, and eager with full 77-token prompts.",
+        grows=("labels", "conditions", "tokens", "batch"),
+    ),
+    Benchmark(
+        "prefix_sharing",
+        "Prefix sharing in the text tower",
+        "Prompts that share their condition's prefix, against every prompt on its own: trimmed to its length, "
+        "and padded to 77 tokens.",
+        grows=("labels", "conditions"),
+    ),
+    Benchmark(
+        "feature_caching",
+        "Feature caching",
+        "From JPEG files to a feature cache on disk, against ONNX Runtime alone on tensors that are ready in memory.",
+    ),
+    Benchmark(
+        "tagging",
+        "Tagging photos",
+        "`tagger.onnx` from JPEG files to labels, against the image encoder alone in ONNX Runtime and against "
+        "zero-shot tagging in a loop with `transformers`.",
+        packages=("onnxruntime", "torch", "transformers"),
+    ),
+    Benchmark(
+        "aggregation",
+        "Durable aggregation",
+        "Updates accepted a second, each checked, stored durably and answered with a receipt, against a bare MQTT "
+        "subscriber that only counts; and the average itself against Flower's.",
+        grows=("clients",),
+        packages=(),
+        commands=("mosquitto",),
+        optional=("flwr",),
+    ),
+    Benchmark(
+        "footprint",
+        "A client's footprint",
+        "Disk, import time, memory and bytes of a site's client in a fresh environment with the `cpu` extra.",
+    ),
+    Benchmark(
+        "codec",
+        "Bytes on the wire",
+        "Updates and states as the protocol encodes them, against the same tensors as a pickled PyTorch state dict.",
+        grows=("values",),
+        packages=("torch",),
+    ),
+    Benchmark(
+        "kernels",
+        "Kernels",
+        "Triton kernels against the plain PyTorch reference, eager and compiled.",
+        grows=("labels", "conditions", "tokens", "batch"),
+        packages=("torch", "triton"),
+        gpu=True,
+    ),
+)
+
+
+def missing(benchmark: Benchmark) -> list[str]:
+    """What this machine lacks to run a benchmark, in words; empty if it can."""
+    lacks = [f"Python package {name}" for name in absent(benchmark.packages)]
+    lacks += [f"command {name}" for name in benchmark.commands if not shutil.which(name, path=SEARCH_PATH)]
+    if benchmark.gpu and not lacks and not has_gpu():
+        lacks.append("NVIDIA GPU")
+    return lacks
+
+
+def absent(packages: Sequence[str]) -> list[str]:
+    """Those packages that are not installed."""
+    return [name for name in packages if importlib.util.find_spec(name) is None]
+
+
+def has_gpu() -> bool:
+    """Whether PyTorch sees a CUDA device."""
+    import torch
+
+    return torch.cuda.is_available()
