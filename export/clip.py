@@ -103,7 +103,14 @@ def load_clip(source: str, licence: str | None = None) -> ClipCheckpoint:
         raise CheckpointError(
             f"{source}: weights are missing ({min(report['missing_keys'])}, …); complete it"
         )
-    return _checkpoint(source, licence or _licence(source), model, tokenizer, preprocessing)
+    return checkpoint_of(
+        model,
+        tokenizer,
+        name=folder.name if folder.is_dir() else source,
+        licence=licence or _licence(source),
+        mean=preprocessing[0],
+        std=preprocessing[1],
+    )
 
 
 def _preprocessing(source: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -128,23 +135,24 @@ def _licence(source: str) -> str:
     return found.group(1) if found else "unknown"
 
 
-def _checkpoint(
-    source: str, licence: str, model: Any, tokenizer: Any, preprocessing: tuple[tuple[float, ...], ...]
+def checkpoint_of(
+    model: Any, tokenizer: Any, *, name: str, licence: str, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> ClipCheckpoint:
+    """A loaded ``CLIPModel`` and its tokenizer as a checkpoint; ``mean`` and ``std`` are the preprocessor's.
+
+    Raises:
+        CheckpointError: an architecture or tokenizer that this loader does not know.
+    """
     config = model.config
-    weights = {name: value.detach() for name, value in model.state_dict().items()}
+    weights = {key: value.detach() for key, value in model.state_dict().items()}
     for part in (config.vision_config, config.text_config):
         if part.hidden_act not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
-            raise CheckpointError(f"{source}: unknown activation {part.hidden_act!r}; known are {known}")
+            raise CheckpointError(f"{name}: unknown activation {part.hidden_act!r}; known are {known}")
     if config.vision_config.image_size % config.vision_config.patch_size:
-        raise CheckpointError(
-            f"{source}: the image size is no multiple of the patch size; no known CLIP is so"
-        )
+        raise CheckpointError(f"{name}: the image size is no multiple of the patch size; no known CLIP is so")
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
-        raise CheckpointError(
-            f"{source}: the tokenizer has no start or end token; it is not a CLIP tokenizer"
-        )
+        raise CheckpointError(f"{name}: the tokenizer has no start or end token; it is not a CLIP tokenizer")
     vision_spec, text_spec = _spec(config.vision_config), _spec(config.text_config)
     vision = towers.take_layers(weights, "vision_model", vision_spec) | {
         "class": weights["vision_model.embeddings.class_embedding"],
@@ -163,12 +171,12 @@ def _checkpoint(
         "projection.weight": weights["text_projection.weight"].T.contiguous(),
     }
     return ClipCheckpoint(
-        name=Path(source).name if Path(source).is_dir() else source,
+        name=name,
         licence=licence,
         image_size=config.vision_config.image_size,
         patch_size=config.vision_config.patch_size,
-        image_mean=preprocessing[0],
-        image_std=preprocessing[1],
+        image_mean=mean,
+        image_std=std,
         logit_scale=float(weights["logit_scale"].exp()),
         vision=vision,
         vision_spec=vision_spec,

@@ -213,14 +213,14 @@ def describe(values: Sequence[onnx.ValueInfoProto]) -> dict[str, TensorSpec]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporter's warnings and PyTorch's trace log, thousands of records, from the program's handlers."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.__trace")]
-    before = [logger.disabled for logger in loggers]
+    exporter, trace = logging.getLogger("torch.onnx"), logging.getLogger("torch.__trace")
+    level, disabled = exporter.level, trace.disabled
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter warns of its own internals
         try:
-            for logger in loggers:
-                logger.disabled = True
+            exporter.setLevel(logging.ERROR)
+            trace.disabled = True
             yield
         finally:
-            for logger, disabled in zip(loggers, before, strict=True):
-                logger.disabled = disabled
+            exporter.setLevel(level)
+            trace.disabled = disabled

@@ -1,0 +1,89 @@
+"""The text tower alone, forward and backward: prompts of 77 tokens, prompts cut at their end, prefix-shared prompts.
+
+``python benchmarks/prefix_sharing.py``: ViT-B/16's text tower, random weights, eager PyTorch, from few labels to
+many and from one condition to ten. Features and gradients of the three are compared before anything is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from local_step import Case, check_equal
+from record import Row, append_record, interleave, machine_floor, print_rows
+from torch import Tensor
+
+from fedmpt.export import methods
+
+SIZES = [(20, 1), (20, 5), (20, 10), (80, 5), (365, 5), (1000, 5)]
+
+
+def main() -> None:
+    """Measure, print, record."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--layers", type=int, default=12, help="of the text tower (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="%(default)s")
+    parser.add_argument("--plain-up-to", type=int, default=80, help="most labels for 77 tokens (%(default)s)")
+    parser.add_argument("--labels-up-to", type=int, default=1000, help="%(default)s")
+    arguments = parser.parse_args()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    sizes = [size for size in SIZES if size[0] <= arguments.labels_up_to]
+    rows = [
+        row
+        for labels, conditions in sizes
+        for row in measure(
+            labels, conditions, arguments.layers, arguments.repeats, labels <= arguments.plain_up_to
+        )
+    ]
+    print_rows("Text tower, forward and backward", rows)
+    append_record("prefix_sharing", rows, floor=machine_floor())
+
+
+def measure(labels: int, conditions: int, layers: int, repeats: int, plain: bool) -> list[Row]:
+    """The ways of one size in turn."""
+    case = Case.make(labels, conditions, layers, photos=0)
+    upstream = torch.randn(conditions, labels, 512, generator=torch.Generator().manual_seed(2))
+
+    def run(encode: Callable[[dict[str, Tensor]], Tensor]) -> dict[str, Tensor]:
+        leaves = {
+            name: case.state[name].detach().requires_grad_()
+            for name in ("class_context", "condition_context")
+        }
+        text = encode(leaves)
+        gradients = torch.autograd.grad((text * upstream).sum(), list(leaves.values()))
+        return {"text": text.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+    ways: dict[str, Callable[[], dict[str, Tensor]]] = {}
+    if plain:
+        ways["77 tokens"] = lambda: run(case.whole_prompts)
+    ways["cut at the end"] = lambda: run(lambda leaves: case.whole_prompts(leaves, length=case.longest()))
+    ways["prefix-shared"] = lambda: run(
+        lambda leaves: methods.text_features(case.setup, case.weights, leaves)
+    )
+    check_equal({name: way() for name, way in ways.items()}, "prefix-shared")
+    seconds = interleave(ways, repeats)
+    against = next(iter(ways))
+    base = float(np.median(seconds[against]))
+    floor = case.flops() / machine_floor()["matmul_flops"]
+    parameters = {"labels": labels, "conditions": conditions, "layers": layers}
+    return [
+        Row(
+            name,
+            "s",
+            samples,
+            parameters,
+            "" if name == against else against,
+            None if name == against else base / float(np.median(samples)),
+            floor if name == "prefix-shared" else None,
+        )
+        for name, samples in seconds.items()
+    ]
+
+
+if __name__ == "__main__":
+    main()
