@@ -43,6 +43,11 @@ def test_every_command_of_the_readme_exists() -> None:
     assert {"bundle", "cache", "aggregator", "client", "evaluate", "export", "tag"} <= called
 
 
+def test_every_link_of_the_readme_leads_somewhere() -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not (PHOTOS / "voc").is_dir(), reason=f"no photographs at {PHOTOS}; set FEDMPT_PHOTOS")
 @pytest.mark.skipif(MOSQUITTO is None, reason="mosquitto is not installed")
