@@ -1,0 +1,200 @@
+"""Bytes on the wire, and the time to write and to read them: the protocol's payloads against a pickled state dict.
+
+``python benchmarks/codec.py``: an update (the difference to the base state) in each encoding, and a state, for
+three sets of tensors with 5 conditions: ViT-B/16's prompts alone, micro-CLIP and ViT-B/16 with adapters and gate.
+The alternatives hold the same float32 tensors: ``torch.save`` and ``torch.load`` of a PyTorch state dict, and
+``pickle`` of a dictionary of NumPy arrays. Our reading includes the checks of names, shapes and finiteness,
+which they leave to their callers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import io
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from record import Row, append_record, interleave, machine_floor, print_rows
+
+from fedmpt.protocol.codec import (
+    State,
+    Update,
+    decode_state,
+    decode_update,
+    encode_state,
+    encode_update,
+    state_digest,
+    state_limit,
+)
+from fedmpt.protocol.manifest import TensorSpec
+
+CONDITIONS, CONTEXT, RANK = 5, 4, 32
+ITEM_BYTES = {"update, float32": 4, "update, float16": 2, "update, int8": 1}
+ALTERNATIVE = "torch.save"
+CALLS = 20
+"""Calls in one sample: a single one is too short to time."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to write and read a set of tensors."""
+
+    write: Callable[[], bytes]
+    read: Callable[[bytes], object]
+
+
+def main() -> None:
+    """Measure, print, record."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeats", type=int, default=15, help=f"samples of {CALLS} calls (%(default)s)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    floor = machine_floor(threads=1)
+    tensors = {
+        "ViT-B/16, prompts": prompts(text_width=512),
+        "micro-CLIP, full": full(width=192, text_width=192),
+        "ViT-B/16, full": full(width=512, text_width=512),
+    }
+    rows = [
+        row
+        for name, shapes in tensors.items()
+        for row in measure(name, shapes, arguments.repeats, floor["copy_bytes"])
+    ]
+    print_rows("Payloads", rows)
+    append_record("codec", rows, floor=floor)
+
+
+def prompts(text_width: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of a ``fedmpt-prompts`` state."""
+    contexts = {
+        "condition_context": (CONDITIONS, CONTEXT, text_width),
+        "class_context": (CONTEXT, text_width),
+    }
+    return {**contexts, "scale": (), "bias": ()}
+
+
+def full(width: int, text_width: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of a ``fedmpt-full`` state."""
+    return prompts(text_width) | {
+        "adapter_down": (CONDITIONS, RANK, width),
+        "adapter_up": (CONDITIONS, width, RANK),
+        "gate_down": (RANK, width),
+        "gate_up": (CONDITIONS, RANK),
+    }
+
+
+def measure(name: str, shapes: Mapping[str, tuple[int, ...]], repeats: int, copy_bytes: float) -> list[Row]:
+    """Bytes, times and errors of all forms of one set of tensors."""
+    random = np.random.default_rng(0)
+    difference = {
+        key: np.asarray(0.01 * random.standard_normal(shape), np.float32) for key, shape in shapes.items()
+    }
+    values = sum(tensor.size for tensor in difference.values())
+    found = forms(difference)
+    payloads = {case: form.write() for case, form in found.items()}
+    writing = interleave({case: repeated(form.write) for case, form in found.items()}, repeats)
+    reading = interleave(
+        {
+            case: repeated(lambda form=form, data=payloads[case]: form.read(data))
+            for case, form in found.items()
+        },
+        repeats,
+    )
+    parameters = {"tensors": name, "values": values}
+
+    def rows_of(unit: str, samples: Mapping[str, list[float]], least: Callable[[str], float]) -> list[Row]:
+        base = float(np.median(samples[ALTERNATIVE]))
+        return [
+            Row(case, unit, numbers, parameters)
+            if case == ALTERNATIVE
+            else Row(
+                case, unit, numbers, parameters, ALTERNATIVE, base / float(np.median(numbers)), least(case)
+            )
+            for case, numbers in samples.items()
+        ]
+
+    def moved(case: str) -> float:
+        """Milliseconds to read the tensors and write the payload, or the reverse, at the speed of a copy."""
+        return 1e3 * (4 + ITEM_BYTES.get(case, 4)) * values / copy_bytes
+
+    sizes = {case: [float(len(payload))] for case, payload in payloads.items()}
+    errors = [
+        Row(
+            f"{case}: largest error",
+            "of the tensor's largest value",
+            [error(difference, payloads[case])],
+            parameters,
+        )
+        for case in ITEM_BYTES
+    ]
+    return [
+        *rows_of("bytes", sizes, lambda case: float(ITEM_BYTES.get(case, 4) * values)),
+        *rows_of("ms to write", milliseconds(writing), moved),
+        *rows_of("ms to read", milliseconds(reading), moved),
+        *errors,
+    ]
+
+
+def forms(difference: State) -> dict[str, Form]:
+    """The protocol's payloads and the alternatives."""
+    specs = specifications(difference)
+    update = Update("bench", 1, "client", state_digest(difference), 100, 10, {"mAP": 0.5}, difference)
+    state_dict = {name: torch.from_numpy(tensor) for name, tensor in difference.items()}
+
+    def save() -> bytes:
+        file = io.BytesIO()
+        torch.save(state_dict, file)
+        return file.getvalue()
+
+    return {
+        ALTERNATIVE: Form(save, lambda data: torch.load(io.BytesIO(data))),
+        "pickle of NumPy arrays": Form(lambda: pickle.dumps(difference, protocol=5), pickle.loads),
+        **{
+            case: Form(
+                functools.partial(encode_update, update, case.removeprefix("update, ")),
+                lambda data: decode_update(data, specs, state_limit(specs)),
+            )
+            for case in ITEM_BYTES
+        },
+        "state, float32": Form(lambda: encode_state(difference), lambda data: decode_state(data, specs)),
+    }
+
+
+def specifications(state: State) -> dict[str, TensorSpec]:
+    """What a reader expects."""
+    return {name: TensorSpec("float32", tensor.shape) for name, tensor in state.items()}
+
+
+def error(difference: State, payload: bytes) -> float:
+    """What an encoding loses: the largest error of any tensor, as a share of its largest value."""
+    specs = specifications(difference)
+    update, _ = decode_update(payload, specs, state_limit(specs))
+    return max(
+        float(np.abs(update.difference[name] - tensor).max() / np.abs(tensor).max())
+        for name, tensor in difference.items()
+    )
+
+
+def repeated(call: Callable[[], object]) -> Callable[[], None]:
+    """The same call, so often that the clock's resolution does not matter."""
+
+    def calls() -> None:
+        for _ in range(CALLS):
+            call()
+
+    return calls
+
+
+def milliseconds(seconds: Mapping[str, list[float]]) -> dict[str, list[float]]:
+    """Of one call."""
+    return {case: [1e3 * value / CALLS for value in values] for case, values in seconds.items()}
+
+
+if __name__ == "__main__":
+    main()
