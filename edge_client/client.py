@@ -251,11 +251,16 @@ class _Client:
             self.report("sent", {"round": work.round, "bytes": len(payload)})
             sent = time.monotonic()
             # What the broker has not taken yet waits in the connection; sending it again would double it.
-            while self._is_wanted(task) and not (delivery.wait(0) and time.monotonic() - sent >= pause):
+            while not (delivery.wait(0) and time.monotonic() - sent >= pause):
                 self.seen = self.inbox.version
+                wanted = self._is_wanted(
+                    task
+                )  # looked up first: a round's receipt comes before the next round
                 receipt = self.inbox.receipt(digest)
                 if receipt is not None:
                     self._finish(task, work, receipt)
+                    return
+                if not wanted:
                     return
                 self.inbox.wait(self.seen, LOOK_SECONDS)
             pause = min(2 * pause, longest)

