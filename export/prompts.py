@@ -45,7 +45,7 @@ def encode_prompts(
     layout = Layout(tuple(len(prefix) for prefix in prefixes), lengths)
     index = _index(layout, suffixes.device)
     repeated = suffixes.expand(len(prefixes), *suffixes.shape).flatten(0, 1)
-    x = torch.cat([*prefixes, repeated]) + weights["position"][index.position]
+    x = torch.cat([*prefixes, repeated]) + weights["position"].index_select(0, index.position)
     for number in range(spec.layers - 1):
         layer = f"layers.{number}"
         inside = towers.norm(weights, f"{layer}.norm1", x, spec)
