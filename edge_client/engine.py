@@ -31,7 +31,11 @@ class HeadOutput:
 
 
 class Engine(Protocol):
-    """Loss, gradients and predictions for one bundle; tokens are float16 or float32 ``[B, M, D]``."""
+    """Loss, gradients and predictions for one bundle; tokens are float16 or float32 ``[B, M, D]``.
+
+    An engine may also have ``stage(tokens, labels)``: a thread that reads ahead gives it the next batch, the
+    very arrays of a later :meth:`train_step`, to move to its device meanwhile.
+    """
 
     def train_step(
         self, state: State, tokens: NDArray[np.floating], labels: NDArray[np.int8]

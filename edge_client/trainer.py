@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -127,18 +128,19 @@ def train_round(
         if epoch < point.epochs or timed_out:
             continue
         total, seen = 0.0, 0
-        for batch in range(batches):
+        size = training.batch_size
+        # Sorted, so that the memory map is read forwards; the loss is a sum over the batch.
+        chosen = [np.sort(rows[order[start : start + size]]) for start in range(0, len(rows), size)]
+        for batch, (tokens, labels) in enumerate(_read_ahead(engine, data, chosen)):
             if should_stop and should_stop():
                 raise TrainingStopped
-            # Sorted, so that the memory map is read forwards; the loss is a sum over the batch.
-            chosen = np.sort(rows[order[batch * training.batch_size : (batch + 1) * training.batch_size]])
-            batch_loss, gradients = engine.train_step(current, data.tokens[chosen], data.labels[chosen])
+            batch_loss, gradients = engine.train_step(current, tokens, labels)
             _check_finite(batch_loss, gradients)
             gradients = clip_gradients(gradients, training.gradient_clip)
             current, memory = step(
                 current, gradients, memory, rates, training.momentum, training.weight_decay
             )
-            total, seen = total + batch_loss * len(chosen), seen + len(chosen)
+            total, seen = total + batch_loss * len(labels), seen + len(labels)
             if progress:
                 progress(epoch * batches + batch + 1, training.epochs * batches)
             if out_of_time and out_of_time():
@@ -251,6 +253,30 @@ def _orders(
     random = generator(seed, client, round_number)
     for _ in range(epochs):
         yield random.permutation(count)
+
+
+def _read_ahead(
+    engine: Engine, data: SiteData, batches: Sequence[Rows]
+) -> Iterator[tuple[NDArray[np.float16], NDArray[np.int8]]]:
+    """Tokens and labels of each batch; a thread reads the next one from disk, and moves it to the engine's device.
+
+    The second half is for engines that have a ``stage(tokens, labels)``: they get the same arrays later.
+    """
+    stage = getattr(engine, "stage", None)
+
+    def read(rows: Rows) -> tuple[NDArray[np.float16], NDArray[np.int8]]:
+        batch = data.tokens[rows], data.labels[rows]
+        if stage:
+            stage(*batch)
+        return batch
+
+    with ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(read, batches[0])
+        for rows in batches[1:]:
+            batch = ahead.result()
+            ahead = reader.submit(read, rows)
+            yield batch
+        yield ahead.result()
 
 
 def _labelled(data: SiteData) -> Rows:
