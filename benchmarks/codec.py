@@ -4,17 +4,18 @@
 three sets of tensors with 5 conditions: ViT-B/16's prompts alone, micro-CLIP and ViT-B/16 with adapters and gate.
 The alternatives hold the same float32 tensors: ``torch.save`` and ``torch.load`` of a PyTorch state dict, and
 ``pickle`` of a dictionary of NumPy arrays. Our reading includes the checks of names, shapes and finiteness,
-which they leave to their callers.
+which they leave to their callers. Times are processor time of one thread.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import io
 import pickle
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -35,11 +36,12 @@ from fedmpt.protocol.manifest import TensorSpec
 CONDITIONS, CONTEXT, RANK = 5, 4, 32
 ITEM_BYTES = {"update, float32": 4, "update, float16": 2, "update, int8": 1}
 ALTERNATIVE = "torch.save"
+COPY = "a copy of the tensors, in memory"
 CALLS = 20
 """Calls in one sample: a single one is too short to time."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Form:
     """One way to write and read a set of tensors."""
 
@@ -55,19 +57,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15, help=f"samples of {CALLS} calls (%(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    floor = machine_floor(threads=1)
     tensors = {
         "ViT-B/16, prompts": prompts(text_width=512),
         "micro-CLIP, full": full(width=192, text_width=192),
         "ViT-B/16, full": full(width=512, text_width=512),
     }
-    rows = [
-        row
-        for name, shapes in tensors.items()
-        for row in measure(name, shapes, arguments.repeats, floor["copy_bytes"])
-    ]
+    rows = [row for name, shapes in tensors.items() for row in measure(name, shapes, arguments.repeats)]
     print_rows("Payloads", rows)
-    append_record("codec", rows, floor=floor)
+    append_record("codec", rows, floor=machine_floor(threads=1))
 
 
 def prompts(text_width: int) -> dict[str, tuple[int, ...]]:
@@ -89,7 +86,7 @@ def full(width: int, text_width: int) -> dict[str, tuple[int, ...]]:
     }
 
 
-def measure(name: str, shapes: Mapping[str, tuple[int, ...]], repeats: int, copy_bytes: float) -> list[Row]:
+def measure(name: str, shapes: Mapping[str, tuple[int, ...]], repeats: int) -> list[Row]:
     """Bytes, times and errors of all forms of one set of tensors."""
     random = np.random.default_rng(0)
     difference = {
@@ -98,30 +95,32 @@ def measure(name: str, shapes: Mapping[str, tuple[int, ...]], repeats: int, copy
     values = sum(tensor.size for tensor in difference.values())
     found = forms(difference)
     payloads = {case: form.write() for case, form in found.items()}
-    writing = interleave({case: repeated(form.write) for case, form in found.items()}, repeats)
+    block = np.zeros(values, np.float32)
+    copy = {COPY: repeated(lambda: block.copy())}
+    writing = interleave(
+        copy | {case: repeated(form.write) for case, form in found.items()}, repeats, clock=time.process_time
+    )
     reading = interleave(
-        {
-            case: repeated(lambda form=form, data=payloads[case]: form.read(data))
-            for case, form in found.items()
-        },
+        copy | {case: repeated(functools.partial(form.read, payloads[case])) for case, form in found.items()},
         repeats,
+        clock=time.process_time,
     )
     parameters = {"tensors": name, "values": values}
 
-    def rows_of(unit: str, samples: Mapping[str, list[float]], least: Callable[[str], float]) -> list[Row]:
+    def rows_of(unit: str, samples: Mapping[str, list[float]], copied: float | None = None) -> list[Row]:
+        """``copied`` is the time of a plain copy of float32 values; bytes have the tensors' own as floor."""
         base = float(np.median(samples[ALTERNATIVE]))
-        return [
-            Row(case, unit, numbers, parameters)
-            if case == ALTERNATIVE
-            else Row(
-                case, unit, numbers, parameters, ALTERNATIVE, base / float(np.median(numbers)), least(case)
-            )
-            for case, numbers in samples.items()
-        ]
-
-    def moved(case: str) -> float:
-        """Milliseconds to read the tensors and write the payload, or the reverse, at the speed of a copy."""
-        return 1e3 * (4 + ITEM_BYTES.get(case, 4)) * values / copy_bytes
+        rows = []
+        for case, numbers in samples.items():
+            item = ITEM_BYTES.get(case, 4)
+            row = Row(case, unit, numbers, parameters)
+            if case != COPY:
+                floor = item * values if copied is None else copied * (4 + item) / 8
+                row = dataclasses.replace(row, floor=floor)
+            if case not in (ALTERNATIVE, COPY):
+                row = dataclasses.replace(row, against=ALTERNATIVE, ratio=base / row.median)
+            rows.append(row)
+        return rows
 
     sizes = {case: [float(len(payload))] for case, payload in payloads.items()}
     errors = [
@@ -129,14 +128,14 @@ def measure(name: str, shapes: Mapping[str, tuple[int, ...]], repeats: int, copy
             f"{case}: largest error",
             "of the tensor's largest value",
             [error(difference, payloads[case])],
-            parameters,
+            {"tensors": name},
         )
         for case in ITEM_BYTES
     ]
     return [
-        *rows_of("bytes", sizes, lambda case: float(ITEM_BYTES.get(case, 4) * values)),
-        *rows_of("ms to write", milliseconds(writing), moved),
-        *rows_of("ms to read", milliseconds(reading), moved),
+        *rows_of("bytes", sizes),
+        *rows_of("CPU ms to write", milliseconds(writing), 1e3 * min(writing[COPY]) / CALLS),
+        *rows_of("CPU ms to read", milliseconds(reading), 1e3 * min(reading[COPY]) / CALLS),
         *errors,
     ]
 

@@ -19,6 +19,7 @@ from suite import SUITE, Benchmark
 from fedmpt.protocol.files import write_atomically
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+FOLDED = 24  # longer tables are folded away, behind their plots
 INTRODUCTION = """# Measured results
 
 Written by `python benchmarks/results_page.py` from the newest record of each benchmark in `benchmarks/results/`;
@@ -89,12 +90,22 @@ def experiments(docs: Path) -> list[str]:
 
 
 def section(benchmark: Benchmark, record: Mapping[str, Any]) -> list[str]:
-    """How it was measured, table, plots and notes of one record."""
-    parts = [how(record), *table(record["rows"])]
-    parts += [
-        f"![{chart.title}](results/plots/{chart.name}.svg)" for chart in charts(record, benchmark.grows)
-    ]
-    return [*parts, record["notes"]] if record["notes"] else parts
+    """How it was measured, plots, table and notes of one record."""
+    plots = [f"![{chart.title}](results/plots/{chart.name}.svg)" for chart in charts(record, benchmark.grows)]
+    rows = table(record["rows"])
+    if len(record["rows"]) > FOLDED:
+        rows = [f"<details><summary>All {len(record['rows'])} rows</summary>", *rows, "</details>"]
+    return [how(record), *plots, *rows, *notes(record["notes"])]
+
+
+def notes(text: str) -> list[str]:
+    """A benchmark's remarks: plain text, or a JSON object with a remark, or a list of them, for each key."""
+    if not text.startswith("{"):
+        return [text] if text else []
+    lines = []
+    for key, value in json.loads(text).items():
+        lines += [f"- {line}" for line in value] if isinstance(value, list) else [f"- {key}: {value}"]
+    return ["\n".join(lines)]
 
 
 def how(record: Mapping[str, Any]) -> str:
@@ -124,7 +135,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [header, ["---", "---", "---:", "---", "---:", "---", "---:"]]
     for row in rows:
         own = {key: value for key, value in row["parameters"].items() if key not in shared}
-        ratio = "" if row["ratio"] is None else f"**{row['ratio']:.3g}** × {row['against']}"
+        ratio = "" if row["ratio"] is None else f"**{number(row['ratio'], 3)}** × {row['against']}"
         spread = f" ± {number(row['spread'], 2)}" if len(row["samples"]) > 1 else ""
         figure = number(row["median"], 4) + spread
         runs = str(len(row["samples"]))
@@ -149,10 +160,10 @@ def parameters(values: Mapping[str, Any]) -> str:
 
 
 def number(value: float, digits: int) -> str:
-    """So many significant digits, never as a power of ten from 0.0001 on upwards."""
-    if abs(value) >= 10 ** (digits - 1):
+    """So many significant digits, more only before the decimal point; never a power of ten from 0.0001 on upwards."""
+    if value == 0 or abs(value) >= 10 ** (digits - 1):
         return f"{value:,.0f}"
-    return f"{value:.{digits}g}"
+    return f"{value:#.{digits}g}"
 
 
 def _floor(key: str, value: float) -> str:

@@ -87,12 +87,12 @@ def test_a_section_names_command_commit_machine_and_versions() -> None:
 def test_a_table_shows_median_spread_runs_and_floor() -> None:
     shared, table = results_page.table(a_record()["rows"])
     assert shared == "In all rows: batch 32."
-    assert "| plain | labels 80 | 0.5 ± 0.05 | s | 3 |  | 20% |" in table
+    assert "| plain | labels 80 | 0.5000 ± 0.050 | s | 3 |  | 20% |" in table
 
 
 def test_a_ratio_stands_beside_what_it_is_against() -> None:
     row = a_record()["rows"][0] | {"ratio": 2.5, "against": "pickle"}
-    assert "**2.5** × pickle" in results_page.table([row])[-1]
+    assert "**2.50** × pickle" in results_page.table([row])[-1]
 
 
 def test_a_single_run_has_no_spread() -> None:
@@ -132,5 +132,34 @@ def test_two_sizes_are_no_plot() -> None:
 
 def test_a_plot_repeats_to_the_byte_and_carries_its_digest() -> None:
     (chart,) = charts(a_record(), ("labels",))
-    assert draw(chart) == draw(chart)
-    assert chart.digest in draw(chart)
+    drawn = draw(chart)
+    assert drawn == draw(chart)
+    assert chart.digest in drawn
+
+
+def test_a_long_table_is_folded_away_behind_its_plots() -> None:
+    parts = results_page.section(results_page.SUITE[0], a_record(rows=a_record()["rows"] * 10))
+    assert [part for part in parts if part.startswith("<details>")] == [
+        "<details><summary>All 30 rows</summary>"
+    ]
+    assert parts[1].startswith("![s over labels](results/plots/")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("", []),
+        ("A remark.", ["A remark."]),
+        ('{"gpu": "H100", "verdicts": ["a", "b"]}', ["- gpu: H100\n- a\n- b"]),
+    ],
+)
+def test_remarks_of_a_record_are_shown(text: str, shown: list[str]) -> None:
+    assert results_page.notes(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (0.00012346, "0.0001235"), (0.5, "0.5000"), (12.3456, "12.35"), (51357, "51,357")],
+)
+def test_numbers_have_four_digits(value: float, text: str) -> None:
+    assert results_page.number(value, 4) == text
