@@ -132,6 +132,10 @@ class Federation:
             self._present.add(client)
         return None
 
+    def forget_presence(self) -> None:
+        """Forget who is online: after a new connection the retained presence messages come again."""
+        self._present.clear()
+
     def receive(self, number: int, client: str, payload: bytes) -> Receipt | None:
         """Take an update from the topic of (round ``number``, ``client``); None if the client is muted.
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 
 from fedmpt.protocol.errors import FedmptError
 
+MAXIMUM_CHOSEN = 10_000  # the round message names them all
+
 
 class RoundError(FedmptError):
     """A setting of the rounds is out of range."""
@@ -38,7 +40,7 @@ class RoundSettings:
     def __post_init__(self) -> None:
         in_range = {
             "rounds must be 1 to 100000": 1 <= self.rounds <= 100_000,
-            "the least number of clients must be 1 to 10000": 1 <= self.clients_min <= 10_000,
+            "the least number of clients must be 1 to 10000": 1 <= self.clients_min <= MAXIMUM_CHOSEN,
             "the fraction of clients must be above 0 and at most 1": 0 < self.fraction <= 1,
             "the quorum must be above 0 and at most 1": 0 < self.quorum <= 1,
             "the deadline must be positive": self.deadline is None or 0 < self.deadline < math.inf,
@@ -98,7 +100,7 @@ def open_round(
 
 
 def choose(settings: RoundSettings, number: int, present: Collection[str]) -> tuple[str, ...]:
-    """The clients of one round in name order; nobody while fewer than ``clients_min`` are present.
+    """The clients of one round in name order, at most 10,000; nobody while too few are present.
 
     Each client's lot depends on seed, round and name alone, so that who else is present does not matter.
     """
@@ -108,7 +110,7 @@ def choose(settings: RoundSettings, number: int, present: Collection[str]) -> tu
     lots = sorted(
         present, key=lambda name: hashlib.sha256(f"{settings.seed}/{number}/{name}".encode()).digest()
     )
-    return tuple(sorted(lots[:count]))
+    return tuple(sorted(lots[: min(count, MAXIMUM_CHOSEN)]))
 
 
 def should_close(state: RoundState, settings: RoundSettings, received: int, muted: int, now: float) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -10,7 +11,9 @@ from dataclasses import replace
 
 from fedmpt.aggregator.federation import Federation, Outgoing
 from fedmpt.protocol.address import BrokerAddress
+from fedmpt.protocol.codec import MAXIMUM_METRICS, Update, encode_update
 from fedmpt.protocol.connection import Connection
+from fedmpt.protocol.errors import FedmptError
 from fedmpt.protocol.events import Connected, Delivery, Disconnected, Event, Message, PublishRefused
 from fedmpt.protocol.messages import Receipt, Status, to_json
 
@@ -22,6 +25,7 @@ STATUS_SECONDS = 1.0  # the status topic changes no faster
 HEARTBEAT_SECONDS = 15.0  # and no slower
 SETTLE_SECONDS = 1.0  # after connecting, what waited at the broker comes in before any deadline is judged
 FAREWELL_SECONDS = 30.0  # for the broker to take the last messages
+HASTY_FAREWELL_SECONDS = 2.0  # the same, when an error ends it
 
 
 def connect(address: BrokerAddress, federation: Federation, timeout: float | None = 15.0) -> Connection:
@@ -43,7 +47,7 @@ def connect(address: BrokerAddress, federation: Federation, timeout: float | Non
         connection.connect(timeout)
         for message in federation.retained():
             connection.check_size(message.topic, len(message.payload))
-        connection.check_size(topics.update(federation.round.number, "x" * 64), limit)
+        connection.check_size(topics.update(federation.round.number, "x" * 64), _update_size(federation))
     except BaseException:
         connection.close()
         raise
@@ -65,14 +69,35 @@ def serve(
     """
     loop = _Loop(federation, connection, on_status)
     leave_at: float | None = None
-    while not stop.is_set():
-        loop.step()
-        if federation.finished:
-            leave_at = leave_at or time.monotonic() + linger
-            if time.monotonic() >= leave_at or not federation.present():
-                break
-    loop.farewell()
+    try:
+        while not stop.is_set():
+            loop.step()
+            if federation.finished:
+                leave_at = leave_at or time.monotonic() + linger
+                if time.monotonic() >= leave_at or not federation.present():
+                    break
+        federation.commit()
+    except BaseException:
+        with contextlib.suppress(FedmptError):
+            loop.farewell(HASTY_FAREWELL_SECONDS)
+        raise
+    loop.farewell(FAREWELL_SECONDS)
     return federation.finished
+
+
+def _update_size(federation: Federation) -> int:
+    """About the most bytes that a client's update takes in the federation's encoding."""
+    nothing = Update(
+        federation=federation.settings.name,
+        round=federation.round.number,
+        client="x" * 64,
+        base=federation.digest,
+        samples=federation.settings.samples,
+        validation_samples=federation.settings.samples,
+        metrics={f"metric number {number}": 1 / 3 for number in range(MAXIMUM_METRICS)},
+        difference=federation.state,
+    )
+    return len(encode_update(nothing, federation.settings.encoding))
 
 
 class _Loop:
@@ -87,6 +112,7 @@ class _Loop:
         self._judge_from = float("inf")
         self._said = 0.0
         self._last: Status | None = None
+        self._waiting = ""
         self._deliveries: list[Delivery] = []
 
     def step(self) -> None:
@@ -99,6 +125,7 @@ class _Loop:
             elif isinstance(event, Connected):
                 logger.info("connected", extra={"mqtt": event.protocol})
                 self._judge_from = time.monotonic() + SETTLE_SECONDS
+                self._federation.forget_presence()
                 self._said = 0.0
                 self._publish(self._federation.retained())
             elif isinstance(event, Disconnected):
@@ -112,12 +139,11 @@ class _Loop:
             self._publish(self._federation.tick(time.time()))
         self._say_status()
 
-    def farewell(self) -> None:
+    def farewell(self, seconds: float) -> None:
         """Publish the last status and wait for the broker to have everything."""
-        self._federation.commit()
         status = self._federation.status(time.time(), online=False)
         self._publish([Outgoing(self._federation.topics.status, to_json(status))])
-        end = time.monotonic() + FAREWELL_SECONDS
+        end = time.monotonic() + seconds
         for delivery in self._deliveries:
             if not delivery.wait(max(0.0, end - time.monotonic())):
                 logger.warning("the broker did not take the last messages", extra={"topic": delivery.topic})
@@ -165,6 +191,9 @@ class _Loop:
         now = time.time()
         status = self._federation.status(now)
         self._on_status(status)
+        if status.waiting not in ("", self._waiting):
+            logger.info(status.waiting, extra={"round": status.round})
+        self._waiting = status.waiting
         changed = self._last is None or replace(status, time=self._last.time) != self._last
         if now - self._said >= (STATUS_SECONDS if changed else HEARTBEAT_SECONDS):
             self._publish([Outgoing(self._federation.topics.status, to_json(status))])

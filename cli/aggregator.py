@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import signal
 import threading
 import time
@@ -27,6 +28,8 @@ from fedmpt.protocol.address import BrokerAddress
 from fedmpt.protocol.codec import load_state, save_state
 from fedmpt.protocol.manifest import BundleManifest, load_manifest, verify_bundle
 from fedmpt.protocol.messages import ENCODINGS, Status
+
+logger = logging.getLogger("fedmpt.aggregator")
 
 LINGER_SECONDS = 10.0
 
@@ -196,6 +199,18 @@ def run(arguments: argparse.Namespace) -> int:
             stack.callback(server.shutdown)
         if settings.privacy:
             _show_privacy(console, settings)
+        logger.info(
+            "federation",
+            extra={
+                "federation": settings.name,
+                "method": bundle.method,
+                "strategy": settings.strategy.name,
+                "round": federation.round.number,
+                "rounds": settings.rounds.rounds,
+                "broker": address.url,
+                "store": str(folder),
+            },
+        )
         connection = stack.enter_context(connect(address, federation))
         interrupted = stack.enter_context(_signals())
         show = stack.enter_context(_live_line(console)) if live else lambda status: None

@@ -195,7 +195,7 @@ def test_a_run_reports_its_result_and_logs_its_rounds(
     assert again.returncode == 1
 
 
-def test_status_shows_round_and_clients_and_says_when_the_aggregator_is_gone(
+def test_status_shows_round_and_clients_from_outside(
     aggregator: Aggregator, bundle: BundleManifest, port: int
 ) -> None:
     address = BrokerAddress("127.0.0.1", port)

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from fedmpt.aggregator.federation import Federation, Outgoing
+from fedmpt.aggregator.privacy import PrivacySettings
 from fedmpt.aggregator.store import Store, StoreError
 from fedmpt.protocol.codec import State, decode_state, state_digest
 from fedmpt.protocol.manifest import BundleManifest
@@ -297,3 +300,52 @@ def test_a_store_of_another_strategy_is_refused(
     site = begin()
     with pytest.raises(StoreError, match="begun with strategy"):
         Federation(site.store, bundle, state, make_settings(strategy="median"))
+
+
+def test_with_privacy_the_history_has_a_growing_epsilon(begin: Callable[..., Site]) -> None:
+    pytest.importorskip("dp_accounting", reason="the privacy extra is not installed")
+    privacy = PrivacySettings(noise_multiplier=1.0, clip_norm=1.0, delta=1e-3)
+    site = opened(begin, privacy=privacy, metrics=False, rounds=1)
+    while not site.federation.finished:
+        for client in ("a", "b"):
+            assert site.send(client, metrics={}).status == "accepted"
+        site.federation.tick(1.0)
+    epsilons = [line["epsilon"] for line in site.store.history()]
+    assert 0 < epsilons[0] < epsilons[1]
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_no_sequence_of_messages_stops_it_or_counts_twice(
+    begin: Callable[..., Site], data: st.DataObject
+) -> None:
+    site = begin(deadline=50.0, rounds=2)
+    clients = ("a", "b", "c")
+    now = 0.0
+    for _ in range(data.draw(st.integers(1, 25))):
+        client = data.draw(st.sampled_from(clients))
+        match data.draw(st.sampled_from(("join", "leave", "send", "bad", "rubbish", "tick", "late"))):
+            case "join":
+                site.join(client)
+            case "leave":
+                site.join(client, online=False)
+            case "send":
+                site.send(client)
+            case "bad":
+                site.send(client, step=1e6)
+            case "rubbish":
+                payload = data.draw(st.binary(max_size=40))
+                site.federation.receive(site.federation.round.number, client, payload)
+                site.federation.presence(client, payload)
+            case "late":
+                site.federation.receive(data.draw(st.integers(0, 9)), client, site.update(client))
+            case "tick":
+                now += data.draw(st.sampled_from((0.0, 1.0, 60.0)))
+                before = site.federation.round.number
+                site.federation.tick(now)
+                assert site.federation.round.number in (before, before + 1)
+        status = site.federation.status(now)
+        assert status.received == len(site.store.clients()) <= status.chosen
+        assert site.federation.digest == state_digest(site.federation.state)
+    for line in site.store.history():
+        assert 1 <= line["received"] <= line["chosen"]

@@ -238,3 +238,15 @@ def test_a_broker_that_would_not_take_an_update_is_refused_at_the_start(
         federation = Federation(store, bundle, state, make_settings())
         with pytest.raises(PayloadTooLarge, match="the broker takes at most 2000"):
             connect(parse_broker(mosquitto.url), federation)
+
+
+def test_after_a_broker_restart_clients_that_are_gone_are_not_counted(
+    mosquitto, server: Server, clients: list[Client]
+) -> None:
+    a, b = clients
+    a.in_round(0)
+    b.connection.close()
+    mosquitto.kill()  # nobody is left to publish b's last will
+    a.round = a.status = None
+    mosquitto.start()
+    a.until(lambda me: me.status and me.status.online and me.status.present == 1)
