@@ -111,3 +111,13 @@ def test_unknown_engines_and_folders_without_a_bundle_are_refused(tmp_path):
         open_engine(tmp_path, "jax")
     with pytest.raises(BundleError, match=r"manifest\.json: not found"):
         open_engine(tmp_path, "onnx")
+
+
+def test_the_number_of_threads_does_not_change_a_bit(tiny_bundle, manifest, state):
+    tokens, labels = _batch(manifest, 8)
+    results = [
+        open_engine(tiny_bundle, "onnx", "cpu", threads).train_step(state, tokens, labels)
+        for threads in (1, 2)
+    ]
+    assert results[0][0] == results[1][0]
+    assert all(np.array_equal(results[0][1][name], results[1][1][name]) for name in state)
