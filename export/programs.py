@@ -62,6 +62,10 @@ def trace_train_step(
     setup: Setup, training: Training, weights: Tensors, state: Tensors, count: int
 ) -> ModelProto:
     """State, ``tokens``, ``labels`` → ``loss``, gradients; the batch is ``training.batch_size``."""
+    # The layout's index tensors are made once in a process and then kept: make them before the trace, or a first
+    # trace would name them otherwise than later ones do, and digests would differ.
+    with torch.no_grad():
+        methods.text_features(setup, weights, state)
     inputs = {**state, **example_batch(setup, count, training.batch_size)}
     return graphs.trace_step(
         lambda weights, inputs: run_train_step(
