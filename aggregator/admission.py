@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedmpt.aggregator.privacy import l2_norm
@@ -36,7 +36,7 @@ class AdmissionContext:
     federation: str
     round: int
     base: str
-    chosen: Collection[str]
+    chosen: frozenset[str]
     trainable: Mapping[str, TensorSpec]
     limits: Limits
     metrics: bool

@@ -175,10 +175,8 @@ class Federation:
         """Open, close or renew the round as it is due at ``now``; what is to be published for that."""
         before = self.round
         if self.round.opened is not None:
-            muted = sum(
-                1 for client in self.round.chosen if client not in self._received and self._muted(client)
-            )
-            if should_close(self.round, self.settings.rounds, len(self._received), muted, now):
+            silent = self._admission.chosen & self._muted_clients() - self._received
+            if should_close(self.round, self.settings.rounds, len(self._received), len(silent), now):
                 self._close(now)
             elif is_overdue(self.round, now):
                 logger.warning(
@@ -223,7 +221,7 @@ class Federation:
             chosen=len(self.round.chosen),
             received=len(self._received),
             refused=sum(self._refusals.values()),
-            muted=sum(1 for client in self._refusals if self._muted(client)),
+            muted=len(self._muted_clients()),
             deadline=self.round.deadline,
             waiting=self._waiting(),
             metrics=self._latest_metrics,
@@ -339,6 +337,9 @@ class Federation:
 
     def _muted(self, client: str) -> bool:
         return self._refusals.get(client, 0) > self.settings.refusals
+
+    def _muted_clients(self) -> set[str]:
+        return {client for client in self._refusals if self._muted(client)}
 
     def _refuse(self, client: str, number: int, payload: bytes, check: str, reason: str) -> Receipt | None:
         if self._muted(client) or len(self._refusals) >= MAXIMUM_CLIENTS:

@@ -113,6 +113,7 @@ class _Loop:
         self._said = 0.0
         self._last: Status | None = None
         self._waiting = ""
+        self._looked = 0.0
         self._deliveries: list[Delivery] = []
 
     def step(self) -> None:
@@ -189,6 +190,9 @@ class _Loop:
     def _say_status(self) -> None:
         """Publish the status when it has changed, and now and then as a sign of life."""
         now = time.time()
+        if now - self._looked < TICK_SECONDS:
+            return
+        self._looked = now
         status = self._federation.status(now)
         self._on_status(status)
         if status.waiting not in ("", self._waiting):

@@ -88,6 +88,7 @@ class Connection:
         self._events: queue.Queue[Event | FedmptError] = queue.Queue(2 * receive_window)
         self._lock = threading.Lock()  # generation, deliveries; never held while paho takes a lock of its own
         self._generation = 0
+        self._delivered = threading.Condition()
         self._deliveries: dict[int, Delivery] = {}
         self._early: dict[int, str] = {}
         self._accepted = threading.Event()
@@ -166,7 +167,7 @@ class Connection:
             PublishRefused: too many messages wait already.
         """
         self.check_size(topic, len(payload))
-        delivery = Delivery(topic)
+        delivery = Delivery(topic, self._delivered)
         info = self._client.publish(topic, payload, qos=1, retain=retain)
         if info.rc == MQTTErrorCode.MQTT_ERR_QUEUE_SIZE:
             raise PublishRefused(f"{topic}: {OUTBOX} messages wait for the broker already; is it overloaded?")

@@ -58,20 +58,24 @@ Event = Message | Connected | Disconnected
 
 
 class Delivery:
-    """The fate of one publication."""
+    """The fate of one publication. All of a connection share ``changed``: an event for each would cost more."""
 
-    def __init__(self, topic: str) -> None:
+    def __init__(self, topic: str, changed: threading.Condition) -> None:
         self.topic = topic
         self.refusal = ""
-        self._done = threading.Event()
+        self._done = False
+        self._changed = changed
 
     def finish(self, refusal: str) -> None:
-        self.refusal = refusal
-        self._done.set()
+        """The broker has answered; called by the connection."""
+        with self._changed:
+            self.refusal, self._done = refusal, True
+            self._changed.notify_all()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the broker has the message; False when the time ran out. Raises PublishRefused."""
-        done = self._done.wait(timeout)
+        with self._changed:
+            done = self._changed.wait_for(lambda: self._done, timeout)
         if self.refusal:
             raise PublishRefused(
                 f"{self.topic}: the broker refused it ({self.refusal}); check the certificate and the ACL"
