@@ -1,0 +1,89 @@
+"""``fedmpt bundle`` builds a bundle and says what a site downloads, keeps and sends."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fedmpt.cli import main
+from fedmpt.cli.bundle import describe, read_lines, summarise
+from fedmpt.protocol.errors import FedmptError
+from fedmpt.protocol.manifest import load_manifest, verify_bundle
+
+
+@pytest.fixture
+def labels(tmp_path: Path) -> Path:
+    path = tmp_path / "labels.txt"
+    path.write_text("cat\ndog\n")
+    return path
+
+
+def test_a_bundle_is_built_from_files(
+    tiny_clip: Path, labels: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = labels.with_name("bundle")
+    words = ["--clip", str(tiny_clip), "--labels", str(labels), "--out", str(out)]
+    more = ["--method", "zero-shot", "--preset", "paper", "--batch-size", "2", "--seed", "7", "--json"]
+    assert main(["bundle", *words, *more]) == 0
+    manifest = load_manifest(out)
+    verify_bundle(out, manifest)
+    assert manifest.labels == ("cat", "dog")
+    assert (manifest.training.seed, manifest.training.batch_size, manifest.pooling.reg) == (7, 2, 0.2)
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["digest"] == manifest.digest
+    assert printed["parameters"] == {"bias": 1, "scale": 1}
+
+
+def test_the_summary_counts_parameters_and_bytes(tiny_bundle: Path) -> None:
+    summary = summarise(load_manifest(tiny_bundle), tiny_bundle)
+    assert summary["parameters"] == {
+        "bias": 1,
+        "class_context": 4 * 32,
+        "condition_context": 3 * 4 * 32,
+        "scale": 1,
+    }
+    assert summary["trained_parameters"] == 514
+    assert summary["update_bytes"] == {"float32": 2056, "float16": 1028, "int8": 514}
+    assert summary["cached_bytes_per_photo"] == 2 * 10 * 24
+    text = describe(summary)
+    assert (
+        "trained 514 parameters; an update is 2,056 bytes in float32, 1,028 in float16, 514 in int8" in text
+    )
+    assert "fedmpt-prompts, 4 labels, 3 conditions" in text
+    assert "text_weights.safetensors" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--clip", "nowhere"], "nowhere: no such folder; give a CLIPModel folder or a hub name"),
+        (["--preset", "best"], "preset 'best' is unknown; choose one of default, paper"),
+        (["--method", "magic"], "method 'magic' is unknown; choose one of fedmpt-prompts, fedmpt-full"),
+        (["--batch-size", "0"], "batch size is 0; it must be above 0"),
+    ],
+)
+def test_a_wrong_option_is_named(
+    tiny_clip: Path, labels: Path, capsys: pytest.CaptureFixture[str], words: list[str], text: str
+) -> None:
+    out = labels.with_name("bundle")
+    given = ["--clip", str(tiny_clip), "--labels", str(labels), "--out", str(out), *words]
+    assert main(["bundle", *given]) == 1
+    assert text in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_label_files_may_hold_comments_and_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "labels.txt"
+    path.write_bytes("\ufeff# VOC\ncat\n\n  dog \r\nKüche\n".encode())
+    assert read_lines(path) == ["cat", "dog", "Küche"]
+
+
+def test_an_unreadable_label_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "labels.txt"
+    with pytest.raises(FedmptError, match=r"labels\.txt: cannot be read as UTF-8 text"):
+        read_lines(path)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(FedmptError, match=r"labels\.txt: cannot be read as UTF-8 text"):
+        read_lines(path)
