@@ -1,5 +1,6 @@
 """Compare the two newest records of a benchmark on one machine and name what got slower by more than its spread.
 
+Differences below one per cent never count: what hardly scatters, such as counted instructions, would always differ.
 ``python benchmarks/check.py local_step`` (or no name: all). Exit code 1 if anything did.
 """
 
@@ -14,6 +15,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 # Units where more is better; every other unit counts time, bytes or memory.
 RATES = ("/s", "per second", "FLOP/s")
+LEAST = 0.01  # a difference worth naming, as a share of the older median
 
 
 def newest_pair(records: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]] | None:
@@ -36,7 +38,7 @@ def slower(older: dict[str, Any], newer: dict[str, Any]) -> list[str]:
         worse = row["median"] - old["median"]
         if any(rate in row["unit"] for rate in RATES):
             worse = -worse
-        if worse > row["spread"] + old["spread"]:
+        if worse > max(row["spread"] + old["spread"], LEAST * old["median"]):
             change = f"{old['median']:.4g} → {row['median']:.4g} {row['unit']}"
             lines.append(f"{newer['benchmark']}: {row['name']} {row['parameters']}: {change}")
     return lines

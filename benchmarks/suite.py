@@ -79,6 +79,14 @@ SUITE = (
         packages=("torch",),
     ),
     Benchmark(
+        "instructions",
+        "Instructions",
+        "Machine instructions of one call, as callgrind counts them; no comparison, but a guard that a busy machine does "
+        "not disturb.",
+        packages=(),
+        commands=("valgrind",),
+    ),
+    Benchmark(
         "kernels",
         "Kernels",
         "The head's Triton kernels against the plain PyTorch reference, eager and compiled; B photos, C labels.",

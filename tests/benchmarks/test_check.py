@@ -29,6 +29,11 @@ def test_less_time_or_a_difference_within_the_spreads_is_not(median: float) -> N
     assert check.slower(a_record(1.0), a_record(median)) == []
 
 
+def test_less_than_one_per_cent_is_not_slower_even_without_spread() -> None:
+    assert check.slower(a_record(1000, spread=0), a_record(1009, spread=0)) == []
+    assert check.slower(a_record(1000, spread=0), a_record(1011, spread=0)) != []
+
+
 @pytest.mark.parametrize("unit", ["photos/s", "updates/s", "GFLOP/s"])
 def test_a_lower_rate_is_slower_and_a_higher_one_is_not(unit: str) -> None:
     assert check.slower(a_record(10, unit=unit), a_record(5, unit=unit)) != []

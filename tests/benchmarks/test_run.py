@@ -31,6 +31,12 @@ def test_every_benchmark_of_the_suite_exists_and_is_documented(name: str) -> Non
     assert f"| `{name}.py` |" in (folder / "README.md").read_text()
 
 
+def test_every_script_is_documented() -> None:
+    folder = record.RESULTS.parent
+    names = [path.name for path in folder.glob("*.py")]
+    assert [name for name in names if name not in (folder / "README.md").read_text()] == []
+
+
 def test_a_benchmark_that_leaves_a_record_has_run(scripts: Path) -> None:
     assert run.perform(benchmark("works"), folder=scripts).startswith("recorded in ")
 
