@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import socket
 import time
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from fedmpt.protocol.codec import load_state
 from fedmpt.protocol.errors import FedmptError
 from fedmpt.protocol.manifest import BundleManifest, load_manifest
 from fedmpt.simulation.processes import Child, Processes, processes
+from fedmpt.simulation.scenes_pack import unpack_demo
 
 DATA = Path(__file__).parent / "data"
 BUNDLE = DATA / "demo-bundle"
@@ -113,9 +113,8 @@ def run_demo(
 
 
 def unpack(pack: Path, folder: Path) -> list[str]:
-    """Unpack the photo folders; return the sites' names."""
-    with zipfile.ZipFile(pack) as archive:
-        archive.extractall(folder)
+    """Unpack the photo folders, whose digest is checked; return the sites' names."""
+    unpack_demo(folder, pack)
     return sorted(path.name for path in (folder / "clients").iterdir())
 
 

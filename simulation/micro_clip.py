@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch.nn import functional
 from transformers import CLIPModel
 
+from fedmpt.protocol.errors import FedmptError
 from fedmpt.protocol.files import atomic_path, write_atomically
 from fedmpt.simulation.micro_clip_captions import (
     ANCHORS,
@@ -45,13 +46,15 @@ from fedmpt.simulation.sprites import LABELS
 
 @dataclass(frozen=True)
 class Stage:
-    """One cycle of the learning rate on one set of scenes, or the beginning of one."""
+    """One cycle of the learning rate, or the beginning of one, on one set of scenes."""
 
+    scenes: int  # which of the sets, from 1
     steps: int
     horizon: int  # steps after which the learning rate would be nothing
     learning_rate: float
     warmup: float  # share of the steps
     patch_weight: float  # of the loss on single patches
+    class_weight: float = 1.0  # of the loss on the class token
     easy_until: float = 0.0  # share of the steps on bright pictures without small objects
     anchors_until: float = 0.0  # share of the steps over which the anchors' help fades out
     photos_only: bool = False  # captions of a label alone are meant of photo-like pictures
@@ -62,9 +65,10 @@ class Recipe:
     """How the micro-CLIP is trained; the defaults made the shipped weights."""
 
     stages: tuple[Stage, ...] = (
-        Stage(3000, 3000, 1.5e-3, warmup=0.15, patch_weight=10.0, easy_until=0.2, anchors_until=0.5),
-        Stage(2600, 4800, 1.2e-3, warmup=0.05, patch_weight=1.0),
-        Stage(5000, 5000, 1.0e-3, warmup=0.02, patch_weight=2.0, photos_only=True),
+        Stage(1, 3000, 3000, 1.5e-3, warmup=0.15, patch_weight=10.0, easy_until=0.2, anchors_until=0.5),
+        Stage(2, 2600, 4800, 1.2e-3, warmup=0.05, patch_weight=1.0),
+        Stage(3, 5000, 5000, 1.0e-3, warmup=0.02, patch_weight=2.0, photos_only=True),
+        Stage(3, 3200, 3200, 8.0e-4, warmup=0.03, patch_weight=1.0, class_weight=2.0, photos_only=True),
     )
     batch: int = 64
     captions: int = 40  # of a batch's pictures, beside one caption for every label
@@ -81,6 +85,10 @@ def pair_loss(
     """Sigmoid loss of similarities ``[B, Q]`` against their truth, summed over captions, averaged over pictures."""
     logits = scale.exp() * similarity + bias
     return functional.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / len(similarity)
+
+
+class CheckpointError(FedmptError):
+    """A checkpoint that cannot be continued."""
 
 
 def learning_rate(stage: Stage, step: int) -> float:
@@ -142,7 +150,7 @@ class Trainer:
                 self.model, self.tokenizer, [c.text for c in captions], self._runs(generator)
             )
         by_patch = stage.patch_weight * self._patch_loss(images, texts, patches)
-        loss = self._image_loss(images, texts, truth) + by_patch
+        loss = self._image_loss(images, texts, truth, stage.class_weight) + by_patch
         if step < stage.anchors_until * stage.steps:
             help_of_anchors = 1 - step / (stage.anchors_until * stage.steps)
             anchors = functional.normalize(self.anchors, dim=-1)
@@ -152,7 +160,7 @@ class Trainer:
             nearest = self.model.logit_scale.exp() * texts[rows] @ anchors.T
             aligned = functional.cross_entropy(nearest, targets)
             by_anchor = stage.patch_weight * self._patch_loss(images, anchors, patches)
-            by_anchor = by_anchor + self._image_loss(images, anchors, anchor_truth)
+            by_anchor = by_anchor + self._image_loss(images, anchors, anchor_truth, stage.class_weight)
             loss = loss + help_of_anchors * (by_anchor + 10 * aligned)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -161,10 +169,12 @@ class Trainer:
         self.step += 1
         return float(loss.detach())
 
-    def _image_loss(self, images: torch.Tensor, texts: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    def _image_loss(
+        self, images: torch.Tensor, texts: torch.Tensor, truth: torch.Tensor, class_weight: float
+    ) -> torch.Tensor:
         """Pair loss of the class token and of the best patch."""
         scale = self.model.logit_scale
-        whole = pair_loss(images[:, 0] @ texts.T, truth, scale, self.biases[0])
+        whole = class_weight * pair_loss(images[:, 0] @ texts.T, truth, scale, self.biases[0])
         return whole + pair_loss((images[:, 1:] @ texts.T).amax(1), truth, scale, self.biases[1])
 
     def _patch_loss(self, images: torch.Tensor, texts: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
@@ -195,12 +205,12 @@ class Trainer:
     def load(self, path: Path) -> None:
         """Go on from a checkpoint of the same recipe.
 
-        :raises ValueError: the checkpoint is of another recipe
+        :raises CheckpointError: the checkpoint is of another recipe
         """
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
             if metadata["recipe"] != json.dumps(asdict(self.recipe)):
-                raise ValueError(f"{path} is a checkpoint of another recipe: train into another folder")
+                raise CheckpointError(f"{path} is a checkpoint of another recipe: train into another folder")
             self.step = int(metadata["step"])
             for name, parameter in self.parameters.items():
                 parameter.data.copy_(file.get_tensor(f"weight.{name}"))
@@ -211,7 +221,7 @@ class Trainer:
 def train(
     recipe: Recipe, scenes: Sequence[TrainingSet], folder: Path, progress: Progress | None = None
 ) -> CLIPModel:
-    """Train on one set of scenes for each stage, or go on where `folder`'s checkpoint stands.
+    """Train on the sets of scenes that the stages name, or go on where `folder`'s checkpoint stands.
 
     Writes the checkpoint, the curve and, at the end, the model into `folder`.
     """
@@ -224,7 +234,7 @@ def train(
     begun, losses = time.monotonic(), []
     total = sum(stage.steps for stage in recipe.stages)
     while trainer.step < total:
-        losses.append(trainer.train_step(scenes[trainer.stage()[0]]))
+        losses.append(trainer.train_step(scenes[recipe.stages[trainer.stage()[0]].scenes - 1]))
         if trainer.step % 50 == 0:
             rows.append(f"{trainer.step},{np.mean(losses):.4f},{time.monotonic() - begun:.0f}")
             losses = []

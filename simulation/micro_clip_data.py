@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,11 +55,12 @@ def render_training_set(
     """Draw `count` pictures into `folder`, or open what lies there already; goes on after an interruption."""
     folder.mkdir(parents=True, exist_ok=True)
     done_file = folder / "done.json"
-    identity = {"count": count, "seed": seed, "specification": repr(specification)}
+    first = hashlib.sha256(draw_scenes(specification, 1, seed).pixels.tobytes()).hexdigest()
+    identity = {"count": count, "seed": seed, "specification": repr(specification), "first": first}
     done = 0
     if done_file.exists():
         found = json.loads(done_file.read_text("utf-8"))
-        done = found.pop("done") if {k: found[k] for k in identity} == identity else 0
+        done = found.pop("done") if {k: found.get(k) for k in identity} == identity else 0
     mode = "r+" if done else "w+"
     labels = len(specification.labels)
     shapes = {

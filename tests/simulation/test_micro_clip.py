@@ -8,6 +8,7 @@ import torch
 from transformers import CLIPModel, CLIPProcessor
 
 from fedmpt.simulation.micro_clip import (
+    CheckpointError,
     Recipe,
     Stage,
     Trainer,
@@ -34,8 +35,8 @@ from fedmpt.simulation.scenes_sets import pretrain_specification
 COUNT = 48
 TINY = Recipe(
     stages=(
-        Stage(3, 3, 1e-3, 0.0, 10.0, easy_until=0.3, anchors_until=0.7),
-        Stage(3, 4, 1e-3, 0.0, 4.0, photos_only=True),
+        Stage(1, 3, 3, 1e-3, 0.0, 10.0, easy_until=0.3, anchors_until=0.7),
+        Stage(2, 3, 4, 1e-3, 0.0, 4.0, photos_only=True),
     ),
     batch=4,
     captions=4,
@@ -85,7 +86,7 @@ def test_the_vocabulary_is_laid_out_like_clips_own():
 
 def test_a_few_steps_reduce_the_loss(scenes):
     torch.set_num_threads(1)
-    trainer = Trainer(replace(TINY, stages=(Stage(12, 12, 1e-3, 0.0, 10.0),)))
+    trainer = Trainer(replace(TINY, stages=(Stage(1, 12, 12, 1e-3, 0.0, 10.0),)))
     losses = [trainer.train_step(scenes) for _ in range(12)]
     assert np.mean(losses[-3:]) < 0.9 * np.mean(losses[:3])
 
@@ -107,7 +108,7 @@ def test_a_resumed_training_ends_at_the_same_bits(tmp_path, scenes):
 
 def test_a_checkpoint_of_another_recipe_is_refused(tmp_path, scenes):
     Trainer(TINY).save(tmp_path / "checkpoint.safetensors")
-    with pytest.raises(ValueError, match="another recipe: train into another folder"):
+    with pytest.raises(CheckpointError, match="another recipe: train into another folder"):
         train(replace(TINY, seed=7), (scenes, scenes), tmp_path)
 
 
