@@ -144,8 +144,13 @@ class _Slot:
 
     @classmethod
     def like(cls, tokens: Tensor, labels: Tensor) -> _Slot:
-        pinned = (torch.zeros(value.shape, dtype=value.dtype, pin_memory=True) for value in (tokens, labels))
-        return cls(*pinned, torch.empty_like(tokens), torch.empty_like(labels), torch.cuda.Event())
+        return cls(
+            torch.zeros(tokens.shape, dtype=tokens.dtype, pin_memory=True),
+            torch.zeros(labels.shape, dtype=labels.dtype, pin_memory=True),
+            torch.empty_like(tokens),
+            torch.empty_like(labels),
+            torch.cuda.Event(),  # type: ignore[no-untyped-call]
+        )
 
 
 class CapturedStep:
@@ -165,16 +170,16 @@ class CapturedStep:
         self._slots = [_Slot.like(self._tokens, self._labels) for _ in range(2)]
         self._pinned_state = torch.zeros(count, pin_memory=True)
         self._pinned_results = torch.zeros(count + 1, pin_memory=True)
-        self._copies = torch.cuda.Stream(device)
+        self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._last_slot = 0
 
         def step() -> Tensor:
-            state = dict(zip(shapes, self._state.split(list(self._sizes.values())), strict=True))
+            state = dict(zip(shapes, torch.split(self._state, list(self._sizes.values())), strict=True))
             state = {name: value.view(shapes[name]) for name, value in state.items()}
             outputs = _train_step(setup, training, weights, state, self._tokens, self._labels)
             return torch.cat([outputs["loss"].reshape(1), *(outputs[name].flatten() for name in shapes)])
 
-        warm_up = torch.cuda.Stream(device)
+        warm_up = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         warm_up.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(warm_up):
             for _ in range(WARM_UP_STEPS):

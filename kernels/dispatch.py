@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
 from importlib.util import find_spec
 
 from torch import Tensor
 
 from fedmpt.kernels import reference
+
+HAS_TRITON = find_spec("triton") is not None  # it is not there for every platform that has CUDA
 
 
 def region_transport(
@@ -36,7 +37,7 @@ def region_transport(
     if iterations < 1:
         raise ValueError(f"iterations is {iterations}; at least 1 is needed")
     implementation = reference.region_transport
-    if tokens.is_cuda and _has_triton():
+    if _takes_triton(tokens):
         from fedmpt.kernels import triton_region_transport
 
         if triton_region_transport.supports(tokens, text, adapters):
@@ -65,7 +66,7 @@ def asymmetric_loss(
     _check("logits", logits, ("B", "C"), {}, floating=True)
     _check_loss(labels, {"B": logits.shape[0], "C": logits.shape[1]}, logits, gamma_pos, gamma_neg, clip)
     implementation = reference.asymmetric_loss
-    if logits.is_cuda and _has_triton():
+    if _takes_triton(logits):
         from fedmpt.kernels import triton_asymmetric_loss
 
         if triton_asymmetric_loss.supports(logits):
@@ -97,7 +98,7 @@ def gated_asymmetric_loss(
     _same_device(psi, gate=gate, scale=scale, bias=bias)
     _check_loss(labels, sizes, psi, gamma_pos, gamma_neg, clip)
     implementation = reference.gated_asymmetric_loss
-    if psi.is_cuda and _has_triton():
+    if _takes_triton(psi):
         from fedmpt.kernels import triton_asymmetric_loss
 
         if triton_asymmetric_loss.supports(psi, gate, scale, bias):
@@ -105,10 +106,8 @@ def gated_asymmetric_loss(
     return implementation(psi, gate, scale, bias, labels, gamma_pos=gamma_pos, gamma_neg=gamma_neg, clip=clip)
 
 
-@cache
-def _has_triton() -> bool:
-    """Triton is not there for every platform that has CUDA."""
-    return find_spec("triton") is not None
+def _takes_triton(tensor: Tensor) -> bool:
+    return tensor.is_cuda and HAS_TRITON
 
 
 def _check_features(tokens: Tensor, text: Tensor, adapters: tuple[Tensor, Tensor] | None) -> None:

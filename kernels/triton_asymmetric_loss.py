@@ -228,7 +228,9 @@ def gated_asymmetric_loss(
     clip: float,
 ) -> Tensor:
     """``reference.gated_asymmetric_loss`` by Triton kernels, in float32."""
-    return _forward(psi, gate, scale, bias, labels.to(torch.int8), gamma_pos, gamma_neg, clip)[0]
+    arguments = psi, gate, scale, bias, labels.to(torch.int8), gamma_pos, gamma_neg, clip
+    results: tuple[Tensor, Tensor] = _forward(*arguments)
+    return results[0]
 
 
 @torch.library.custom_op("fedmpt::gated_asymmetric_loss", mutates_args=())
@@ -246,15 +248,15 @@ def _forward(
     b, n, c = psi.shape
     losses, known = (torch.empty(b, dtype=torch.float32, device=psi.device) for _ in range(2))
     loss, inverse_count = _forward_outputs(psi, gate, scale, bias, labels, gamma_pos, gamma_neg, clip)
-    loss_kernel[(b,)](
-        psi, gate.contiguous(), scale, bias, labels, losses, known, n, c, *psi.stride(), *labels.stride(),
-        gamma_pos, gamma_neg, clip, **_constants(n, clip),
-    )  # fmt: skip
-    mean_kernel[(1,)](losses, known, loss, inverse_count, b, BLOCK=REDUCE_BLOCK)
+    with torch.cuda.device_of(psi):
+        loss_kernel[(b,)](
+            psi, gate.contiguous(), scale, bias, labels, losses, known, n, c, *psi.stride(), *labels.stride(),
+            gamma_pos, gamma_neg, clip, **_constants(n, clip),
+        )  # fmt: skip
+        mean_kernel[(1,)](losses, known, loss, inverse_count, b, BLOCK=REDUCE_BLOCK)
     return loss, inverse_count
 
 
-@_forward.register_fake
 def _forward_outputs(
     psi: Tensor,
     gate: Tensor,
@@ -266,6 +268,9 @@ def _forward_outputs(
     clip: float,
 ) -> tuple[Tensor, Tensor]:
     return psi.new_empty((), dtype=torch.float32), psi.new_empty((), dtype=torch.float32)
+
+
+_forward.register_fake(_forward_outputs)
 
 
 @torch.library.custom_op("fedmpt::gated_asymmetric_loss_backward", mutates_args=())
@@ -293,7 +298,6 @@ def _backward(
     return dpsi.to(psi.dtype), dgate.to(gate.dtype), dscalars.sum(0)
 
 
-@_backward.register_fake
 def _backward_outputs(
     upstream: Tensor,
     inverse_count: Tensor,
@@ -307,6 +311,9 @@ def _backward_outputs(
     clip: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return psi.new_empty(psi.shape), gate.new_empty(gate.shape), psi.new_empty(2, dtype=torch.float32)
+
+
+_backward.register_fake(_backward_outputs)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

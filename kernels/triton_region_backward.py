@@ -88,10 +88,10 @@ def plan_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """A [BLOCK_M, BLOCK_C] block of P = W/C, for callers that ask for the plan."""
-    pair = tl.program_id(2).to(tl.int64)
+    pair = tl.program_id(0).to(tl.int64)
     image, condition = pair // N, pair % N
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    labels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    labels = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     _, b_w, _ = plane_block(
         z_ptr + image * stride_b + condition * stride_n, t_ptr + condition * C * D,
         h_ptr + pair * M * R, k_ptr + condition * C * R,
@@ -219,9 +219,9 @@ def patch_gradient_kernel(
     BLOCK_Y: tl.constexpr,
 ):
     """A [BLOCK_M, BLOCK_Y] block of one image's Σ ds y over the labels, and the gradient of the inverse norm."""
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(1) * BLOCK_Y + tl.arange(0, BLOCK_Y)
-    image, part = tl.program_id(2).to(tl.int64) // parts, tl.program_id(2) % parts
+    image, part = tl.program_id(0).to(tl.int64) // parts, tl.program_id(0) % parts
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(2) * BLOCK_Y + tl.arange(0, BLOCK_Y)
     in_m, in_y = rows < M, columns < Y
     first = part * (N // parts)
     last = first + N // parts
@@ -259,7 +259,7 @@ def patch_gradient_kernel(
             )
             b_dz = tl.dot(b_ds.to(b_y.dtype), b_y, b_dz, input_precision="tf32x3")
 
-    places = (tl.program_id(2).to(tl.int64) * M + rows[:, None]) * Y + columns[None, :]
+    places = (tl.program_id(0).to(tl.int64) * M + rows[:, None]) * Y + columns[None, :]
     tl.store(dz_ptr + places, b_dz * peak, mask=in_m[:, None] & in_y[None, :])
     if WRITE_NORM:
         tl.store(dinverse_norm_ptr + (image * N + part) * M + rows, b_dinverse_norm * peak, mask=in_m)

@@ -48,7 +48,7 @@ PLANES = {
         Tile(512, 32, 32, 16, 2, keep=True),
     ),
     4: (
-        Tile(64, 32, 32, 4, 2, keep=True),
+        Tile(64, 32, 32, 8, 2, keep=True),
         Tile(256, 32, 32, 8, 2, keep=True),
     ),
 }
@@ -101,11 +101,11 @@ def region_transport(
         down, up = (adapter.float() for adapter in adapters)
         hidden, folded, inverse_norm = reference.adapter_terms(tokens, text, down, up, mixed_similarity)
     features = tokens, text, hidden, folded, inverse_norm
-    psi, *statistics = _forward(*features, logit_scale / tau, reg, iterations, pooling)
+    results: tuple[Tensor, ...] = _forward(*features, logit_scale / tau, reg, iterations, pooling)
     if not return_plan:
-        return psi
+        return results[0]
     with torch.no_grad():
-        return psi, _plan(*features, *statistics, logit_scale / tau, reg, pooling)
+        return results[0], _plan(*features, *results[1:], logit_scale / tau, reg, pooling)
 
 
 def forward_tile(patches: int, labels: int, itemsize: int, scaling: bool) -> tuple[Tile, bool]:
@@ -127,7 +127,8 @@ def gradient_tile(labels: int, itemsize: int) -> Tile:
 
 def rank_block(rank: int) -> int:
     """A power of two that holds the rank and that a matrix product can have as a side."""
-    return max(16, triton.next_power_of_2(rank))
+    block: int = max(16, triton.next_power_of_2(rank))
+    return block
 
 
 @torch.library.custom_op("fedmpt::region_transport", mutates_args=())
@@ -151,11 +152,11 @@ def _forward(
     if on_chip:
         constants |= {"SCALING": scaling, "KEEP": tile.keep}
     kernel = plane_kernel if on_chip else blocked_kernel
-    kernel[(len(tokens) * len(text),)](*inputs, *outputs, *sizes, scale, 1 / reg, iterations, **constants)
+    with torch.cuda.device_of(tokens):  # type: ignore[no-untyped-call]
+        kernel[(len(tokens) * len(text),)](*inputs, *outputs, *sizes, scale, 1 / reg, iterations, **constants)
     return outputs
 
 
-@_forward.register_fake
 def _forward_outputs(
     tokens: Tensor,
     text: Tensor,
@@ -172,6 +173,9 @@ def _forward_outputs(
     shapes = ((b, n, c), rows, rows, (b, n, c))
     psi, row_lse, f, g = (torch.empty(shape, dtype=torch.float32, device=tokens.device) for shape in shapes)
     return psi, row_lse, f, g
+
+
+_forward.register_fake(_forward_outputs)
 
 
 @torch.library.custom_op("fedmpt::region_transport_plan", mutates_args=())
@@ -192,14 +196,14 @@ def _plan(
     plan = _plan_output(tokens, text, hidden, folded, inverse_norm, row_lse, f, g, scale, reg, pooling)
     inputs, sizes = _inputs(tokens, text, hidden, folded, inverse_norm)
     (b, n, m, c), tile = plan.shape, gradient_tile(text.shape[1], tokens.element_size())
-    grid = triton.cdiv(m, tile.m), triton.cdiv(c, tile.c), b * n
+    grid = b * n, triton.cdiv(m, tile.m), triton.cdiv(c, tile.c)
     constants = _constants(tile, pooling, hidden)
-    plan_kernel[grid](*inputs, row_lse, f, g, plan, *sizes, scale, 1 / reg, **constants)
+    with torch.cuda.device_of(tokens):  # type: ignore[no-untyped-call]
+        plan_kernel[grid](*inputs, row_lse, f, g, plan, *sizes, scale, 1 / reg, **constants)
     # Similarities made again differ in the last bit, and 1/λ magnifies that: columns are set right again.
     return plan / (c * plan.sum(2, keepdim=True))
 
 
-@_plan.register_fake
 def _plan_output(
     tokens: Tensor,
     text: Tensor,
@@ -215,6 +219,9 @@ def _plan_output(
 ) -> Tensor:
     shape = tokens.shape[0], text.shape[0], tokens.shape[-2], text.shape[1]
     return torch.empty(shape, dtype=torch.float32, device=tokens.device)
+
+
+_plan.register_fake(_plan_output)
 
 
 @torch.library.custom_op("fedmpt::region_transport_backward", mutates_args=())
@@ -245,11 +252,11 @@ def _backward(
         return torch.empty(shape, dtype=torch.float32, device=tokens.device)
 
     def label_gradient(y: Tensor, width: int, block: int) -> Tensor:
-        programs = n * triton.cdiv(c, tile.c), triton.cdiv(width, block)
-        groups = min(triton.cdiv(b, 4), triton.cdiv(LABEL_GRADIENT_PROGRAMS, programs[0] * programs[1]))
+        blocks, width_blocks = n * triton.cdiv(c, tile.c), triton.cdiv(width, block)
+        groups = min(triton.cdiv(b, 4), triton.cdiv(LABEL_GRADIENT_PROGRAMS, blocks * width_blocks))
         per_group = triton.cdiv(b, groups)
         partial = empty(triton.cdiv(b, per_group), n, c, width)
-        label_gradient_kernel[(*programs, len(partial))](
+        label_gradient_kernel[(blocks, width_blocks, len(partial))](
             *inputs, y, partial, b, *sizes, width, *_token_strides(y), scale, 1 / reg, per_group,
             BLOCK_Y=block, **constants,
         )  # fmt: skip
@@ -257,7 +264,7 @@ def _backward(
 
     def patch_gradient(y: Tensor, width: int, block: int, parts: int, norm: Tensor | None) -> Tensor:
         gradient = empty(b, parts, m, width)
-        patch_gradient_kernel[(triton.cdiv(m, tile.m), triton.cdiv(width, block), b * parts)](
+        patch_gradient_kernel[(b * parts, triton.cdiv(m, tile.m), triton.cdiv(width, block))](
             *inputs, y, gradient, gradient if norm is None else norm, *sizes, width, scale, 1 / reg, parts,
             WRITE_NORM=norm is not None, BLOCK_Y=block, **constants,
         )  # fmt: skip
@@ -275,7 +282,6 @@ def _backward(
     return dtokens, dtext, dhidden, dfolded, dinverse_norm
 
 
-@_backward.register_fake
 def _backward_outputs(
     dpsi: Tensor,
     tokens: Tensor,
@@ -296,6 +302,9 @@ def _backward_outputs(
 
     dtokens = tokens.new_empty(tokens.shape) if needs_tokens else text.new_empty(0)
     return dtokens, like(text), like(hidden), like(folded), like(inverse_norm)
+
+
+_backward.register_fake(_backward_outputs)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
