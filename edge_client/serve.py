@@ -69,7 +69,7 @@ def examine(tagger: Tagger, photo: bytes, name: str) -> dict[str, Any]:
     probabilities = prediction.probabilities[0]
     found = tagger.choose(probabilities)
     others = [tag for tag in tagger.choose(probabilities, min_probability=0.0) if tag not in found]
-    tags = []
+    tags: list[dict[str, Any]] = []
     for label, probability in found + others[: max(0, SHOWN_TAGS - len(found))]:
         index = tagger.info.labels.index(label)
         tag: dict[str, Any] = {

@@ -61,7 +61,10 @@ def test_a_module_imports_only_what_the_design_allows(path: Path) -> None:
 
 
 def test_the_check_sees_an_import_inside_a_function() -> None:
-    assert imported("def f():\n    from fedmpt.export import bundle\n    import torch.nn") == {"export", "torch"}
+    assert imported("def f():\n    from fedmpt.export import bundle\n    import torch.nn") == {
+        "export",
+        "torch",
+    }
 
 
 @pytest.mark.parametrize("folder", sorted(FOLDERS - {"cli", "kernels"}))
