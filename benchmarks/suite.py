@@ -81,8 +81,8 @@ SUITE = (
     Benchmark(
         "instructions",
         "Instructions",
-        "Machine instructions of one call, as callgrind counts them; no comparison, but a guard that a busy machine does "
-        "not disturb.",
+        "Machine instructions of one call, as callgrind counts them; no comparison, but a guard that a busy machine "
+        "does not disturb.",
         packages=(),
         commands=("valgrind",),
     ),
