@@ -24,7 +24,7 @@ def make_tokenizer() -> CLIPTokenizer:
     tokens = letters + [letter + _END for letter in letters] + ["".join(merge) for merge in merges]
     tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     ids = {token: index for index, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=CONTEXT_LENGTH)  # type: ignore[arg-type]
+    return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=CONTEXT_LENGTH)
 
 
 def learn_merges(words: Collection[str]) -> list[tuple[str, str]]:
