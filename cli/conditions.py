@@ -38,7 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConditionsError("--endpoint needs --model, the model's name on that server")
     if arguments.count < 1:
         raise ConditionsError(f"--count {arguments.count}: give at least 1")
-    conditions, source, failure = DEFAULT_CONDITIONS, "default", None
+    conditions: tuple[str, ...] = DEFAULT_CONDITIONS
+    source, failure = "default", None
     if arguments.endpoint:
         key = os.environ.get("OPENAI_API_KEY")
         endpoint = Endpoint(arguments.endpoint, arguments.model, key)

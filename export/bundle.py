@@ -40,6 +40,7 @@ from fedmpt.protocol.manifest import (
 __all__ = ["DEFAULT_CONDITIONS", "PAPER_POOLING", "PAPER_TRAINING", "BuildError", "build_bundle"]
 
 PRECISIONS = ("float32", "float16")
+ONNX_FILE_LIMIT = 2**31 - 2**20  # of protobuf, with room for the graph
 Progress = Callable[[int, "int | None"], None]
 
 
@@ -115,6 +116,10 @@ def build_bundle(
     )
     stored, weights = _store_as(weights, precision)
     stored_vision, vision = _store_as(clip.vision, precision)
+    if sum(tensor.nbytes for tensor in stored_vision.values()) >= ONNX_FILE_LIMIT:
+        raise BuildError(
+            f"{clip.name}: its image encoder exceeds ONNX's 2 GiB a file; use --precision float16"
+        )
     clip = dataclasses.replace(clip, vision=vision)
     state = methods.initial_state(setup, training.seed)
     count, grid = token_grid(clip, token_mode)
@@ -126,22 +131,19 @@ def build_bundle(
         save_frozen(folder, setup, stored)
         save_state(folder / "state.safetensors", {name: value.numpy() for name, value in state.items()})
         described: dict[str, Graph] = {}
-        for done, (name, trace) in enumerate(
-            {
-                "image_encoder": lambda: programs.trace_image_encoder(clip, token_kind, token_mode),
-                "train_step": lambda: programs.trace_train_step(setup, training, weights, state, count),
-                "text_features": lambda: programs.trace_text_features(setup, weights, state),
-                "head": lambda: programs.trace_head(setup, weights, state, count),
-            }.items()
-        ):
+        traces: dict[str, Callable[[], onnx.ModelProto]] = {
+            "image_encoder": lambda: programs.trace_image_encoder(clip, token_kind, token_mode),
+            "train_step": lambda: programs.trace_train_step(setup, training, weights, state, count),
+            "text_features": lambda: programs.trace_text_features(setup, weights, state),
+            "head": lambda: programs.trace_head(setup, weights, state, count),
+        }
+        for done, (name, trace) in enumerate(traces.items()):
             if progress:
                 progress(done, 5)
-            vision_graph = name == "image_encoder"
-            model = graphs.place_weights(
-                trace(),
-                stored_vision if vision_graph else stored,
-                None if vision_graph else folder / TEXT_WEIGHTS,
-            )
+            if name == "image_encoder":
+                model = graphs.place_weights(trace(), stored_vision, None)
+            else:
+                model = graphs.place_weights(trace(), stored, folder / TEXT_WEIGHTS)
             described[name] = _write_graph(folder / f"{name}.onnx", model)
         if progress:
             progress(4, 5)
@@ -198,8 +200,6 @@ def _store_as(weights: Weights, precision: str) -> tuple[dict[str, Tensor], dict
 
 
 def _write_graph(path: Path, model: onnx.ModelProto) -> Graph:
-    if model.ByteSize() >= onnx.checker.MAXIMUM_PROTOBUF:
-        raise BuildError(f"{path.name}: above ONNX's 2 GiB for one file; use --precision float16")
     write_atomically(path, model.SerializeToString(deterministic=True))
     onnx.checker.check_model(path, full_check=True)
     return Graph(path.name, graphs.describe(model.graph.input), graphs.describe(model.graph.output))

@@ -72,8 +72,9 @@ def load_clip(source: str, licence: str | None = None) -> ClipCheckpoint:
         CheckpointError: no such folder or name, hub unreachable, not a CLIP model, weights missing, or an
             architecture or tokenizer that this loader does not know.
     """
-    import transformers
+    import transformers as untyped
 
+    transformers: Any = untyped  # its annotations miss what from_pretrained returns
     transformers.utils.logging.disable_progress_bar()
     folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").is_file():
@@ -125,7 +126,7 @@ def _preprocessing(source: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 def _licence(source: str) -> str:
     """The ``license:`` line of the model card's front matter; "unknown" without one."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     card = cached_file(source, "README.md", _raise_exceptions_for_missing_entries=False)
     if card is None:
@@ -271,8 +272,9 @@ def _heads(weights: Weights, name: str, x: Tensor, spec: TowerSpec) -> Tensor:
 
 def _pool(patches: Tensor, side: int) -> Tensor:
     """Sums of normalised 2×2 neighbours ``[B, g², D]`` → ``[B, ⌈g/2⌉², D]``; only directions matter later."""
-    grid = towers.normalise(patches).unflatten(1, (side, side))
+    width = patches.shape[2]
+    grid = towers.normalise(patches).reshape(-1, side, side, width)
     odd = side % 2
     grid = functional.pad(grid, (0, 0, 0, odd, 0, odd))
     half = (side + odd) // 2
-    return grid.unflatten(1, (half, 2)).unflatten(3, (half, 2)).sum(dim=(2, 4)).flatten(1, 2)
+    return grid.reshape(-1, half, 2, half, 2, width).sum(dim=(2, 4)).flatten(1, 2)

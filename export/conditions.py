@@ -19,6 +19,7 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from email.message import Message
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -106,15 +107,8 @@ def derive_conditions(
             progress(done, len(batches) + 1)
         listed = "\n".join(f"{number}. {', '.join(names)}" for number, names in enumerate(batch, 1))
         question = DESCRIBE.format(combinations=listed, count=len(batch))
-        size = len(batch)
-        descriptions += _ask(
-            endpoint,
-            question,
-            "descriptions",
-            lambda found, size=size: _check_count(found, size),
-            cache,
-            sleep,
-        )
+        check = partial(_check_count, count=len(batch))
+        descriptions += _ask(endpoint, question, "descriptions", check, cache, sleep)
     if progress:
         progress(len(batches), len(batches) + 1)
     question = CONDENSE.format(

@@ -93,7 +93,7 @@ def _export(
             dynamo=True,
             input_names=names,
             output_names=results,
-            dynamic_shapes=shapes,  # type: ignore[arg-type]  # the stub knows no nested tuples
+            dynamic_shapes=shapes,
             opset_version=OPSET,
             external_data=False,
             optimize=False,  # its pattern rewriter takes longer than the export and gains nothing here

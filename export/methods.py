@@ -58,7 +58,8 @@ class Method:
     ``conditioned`` says whether the conditions matter; ``phrases`` gives, from them, the frozen words of each
     prefix, and ``context`` the number of learned tokens in one.
     ``shapes`` names the trained tensors besides ``scale`` and ``bias``; ``text_state`` names those that the text
-    features depend on. ``prefixes`` gives the token embeddings of each prompt's prefix after ``[SOS]``.
+    features depend on. ``prefixes`` gives the token embeddings of each prompt's prefix after ``[SOS]``;
+    ``typical`` is a score, before κ and δ, at which a label is as likely as not.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Method:
     text_state: tuple[str, ...]
     prefixes: Callable[[State, Sequence[Tensor]], list[list[Tensor]]]
     text: Callable[[Tensor, State], Tensor]
+    typical: float
     score: Callable[[Setup, Tensor, Tensor, State, bool], Scores]
 
 
@@ -91,19 +93,20 @@ def initial_state(setup: Setup, seed: int) -> dict[str, Tensor]:
     state = {}
     for name, shape in state_shapes(setup).items():
         state[name] = torch.randn(shape, generator=generator) * spread.get(name, CONTEXT_SPREAD)
-    # Calibration fits both before the first round; until then a typical cosine of CLIP gives a fair chance.
+    # Calibration fits both before the first round; until then CLIP's own scale, even odds at a typical score.
     state["scale"] = torch.tensor(setup.logit_scale)
-    state["bias"] = torch.tensor(0.0)
+    state["bias"] = torch.tensor(-setup.logit_scale * METHODS[setup.method].typical)
     return state
 
 
 CONTEXT_SPREAD = 0.02
+TYPICAL_COSINE = 0.25  # between a photo and what it shows, in published CLIPs
 
 
 def text_features(setup: Setup, weights: Weights, state: State) -> Tensor:
     """Text features ``[N, C, D]`` of the state, L2-normalised."""
     method = METHODS[setup.method]
-    words = list(weights["words.phrases"].split(setup.phrases))
+    words = list(torch.split(weights["words.phrases"], list(setup.phrases)))
     prefixes = [torch.cat([weights["words.start"], *parts]) for parts in method.prefixes(state, words)]
     encoded = prompts.encode_prompts(weights, setup.spec, prefixes, weights["words.labels"], setup.labels)
     return method.text(encoded, state)
@@ -170,14 +173,14 @@ def _regions(setup: Setup, tokens: Tensor, text: Tensor, state: State, plan: boo
 def _global(setup: Setup, tokens: Tensor, text: Tensor, state: State, plan: bool) -> Scores:
     """The class token's similarity, as CLIP and CoOp use it; the plan merely shows where the patches agree."""
     found = _pool(setup, tokens[:, 1:], text, "softmax", state, plan)[1] if plan else None
-    psi = (tokens[:, 0].to(text.dtype) @ text.flatten(0, 1).T).unflatten(1, text.shape[:2])
+    psi = (tokens[:, 0].to(text.dtype) @ text.flatten(0, 1).T).reshape(-1, *text.shape[:2])
     return Scores(psi, _even(text, tokens.shape[0], 1), found)
 
 
 def _contrast(setup: Setup, tokens: Tensor, text: Tensor, state: State, plan: bool) -> Scores:
     """Positive minus negative similarity, each pooled over the regions that respond to it (DualCoOp)."""
     patches = tokens[:, 1:].to(text.dtype)
-    cosine = (patches @ text.flatten(0, 1).T).unflatten(2, text.shape[:2])
+    cosine = (patches @ text.flatten(0, 1).T).reshape(*patches.shape[:2], *text.shape[:2])
     weight = torch.softmax(cosine * (setup.logit_scale / setup.pooling.tau), dim=1)
     pooled = (weight * cosine).sum(1)
     found = weight[:, None, :, 0].detach() / text.shape[1] if plan else None
@@ -232,6 +235,7 @@ METHODS = {
             text_state=("class_context", "condition_context"),
             prefixes=_conditioned_prefixes,
             text=_unchanged,
+            typical=TYPICAL_COSINE,
             score=_regions,
         ),
         Method(
@@ -243,6 +247,7 @@ METHODS = {
             text_state=("class_context", "condition_context"),
             prefixes=_conditioned_prefixes,
             text=_unchanged,
+            typical=TYPICAL_COSINE,
             score=_regions,
         ),
         Method(
@@ -254,6 +259,7 @@ METHODS = {
             text_state=("class_context",),
             prefixes=lambda state, words: [[state["class_context"]]],
             text=_unchanged,
+            typical=TYPICAL_COSINE,
             score=_global,
         ),
         Method(
@@ -268,6 +274,7 @@ METHODS = {
             text_state=("negative_context", "positive_context"),
             prefixes=lambda state, words: [[state["positive_context"]], [state["negative_context"]]],
             text=_unchanged,
+            typical=0.0,
             score=_contrast,
         ),
         Method(
@@ -282,6 +289,7 @@ METHODS = {
             text_state=("negative_embedding", "positive_context"),
             prefixes=lambda state, words: [[state["positive_context"]]],
             text=lambda text, state: torch.cat([text, towers.normalise(state["negative_embedding"])[None]]),
+            typical=0.0,
             score=_contrast,
         ),
         Method(
@@ -293,6 +301,7 @@ METHODS = {
             text_state=(),
             prefixes=lambda state, words: [[words[0]]],
             text=_unchanged,
+            typical=TYPICAL_COSINE,
             score=_global,
         ),
     )

@@ -54,11 +54,11 @@ def encode_prompts(
     # Of the last block only the rows of [EOT] are wanted; the others serve as keys and values.
     layer = f"layers.{spec.layers - 1}"
     inside = towers.norm(weights, f"{layer}.norm1", x, spec)
-    x = _Take.apply(x, index.end, index.end_back)
+    x = _take(x, index.end, index.end_back)
     x = x + towers.linear(weights, f"{layer}.out", _attend_end(weights, layer, inside, index, spec))
     x = towers.feed_forward(weights, layer, x, spec)
     features = towers.linear(weights, "projection", towers.norm(weights, "last_norm", x, spec))
-    return towers.normalise(features).unflatten(0, (len(prefixes), len(lengths)))
+    return towers.normalise(features).reshape(len(prefixes), len(lengths), -1)
 
 
 class _Take(torch.autograd.Function):
@@ -77,6 +77,11 @@ class _Take(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         zero = gradient.new_zeros(1, gradient.shape[1])
         return torch.cat([gradient, zero]).index_select(0, ctx.back), None, None
+
+
+def _take(rows: Tensor, index: Tensor, back: Tensor) -> Tensor:
+    taken: Tensor = _Take.apply(rows, index, back)  # type: ignore[no-untyped-call]
+    return taken
 
 
 @dataclass(frozen=True)
@@ -103,14 +108,14 @@ def _attend(weights: Weights, layer: str, x: Tensor, index: _Index, spec: TowerS
     prefix = torch.softmax(query @ key.transpose(-1, -2) + index.causal, dim=-1) @ value
     suffix = _attend_suffix(own_query, key, value, own_key, own_value, index.prefix_mask, index.suffix_mask)
     padded = torch.cat([_rows(prefix.transpose(1, 2)), _rows(suffix.permute(0, 2, 3, 1, 4))])
-    return _Take.apply(padded, index.spread_back, index.gather_back)  # type: ignore[no-any-return]
+    return _take(padded, index.spread_back, index.gather_back)
 
 
 def _attend_end(weights: Weights, layer: str, x: Tensor, index: _Index, spec: TowerSpec) -> Tensor:
     """Attention of the ``[EOT]`` rows to all: ``[R, W]`` to ``[N·C, W]``."""
     key, own_key = _spread(towers.linear(weights, f"{layer}.key", x), index, spec)
     value, own_value = _spread(towers.linear(weights, f"{layer}.value", x), index, spec)
-    query = towers.linear(weights, f"{layer}.query", _Take.apply(x, index.end, index.end_back))
+    query = towers.linear(weights, f"{layer}.query", _take(x, index.end, index.end_back))
     query = query.reshape(*own_key.shape[:1], own_key.shape[2], 1, spec.heads, -1).permute(0, 3, 1, 2, 4)
     mixed = _attend_suffix(query, key, value, own_key, own_value, index.prefix_mask, index.end_mask)
     return _rows(mixed.permute(0, 2, 3, 1, 4))
@@ -120,8 +125,8 @@ def _spread(rows: Tensor, index: _Index, spec: TowerSpec) -> tuple[Tensor, Tenso
     """Packed rows ``[R, W]`` to prefixes ``[N, heads, P, d]`` and suffixes ``[N, heads, C, L, d]``."""
     count, longest = index.prefix_mask.shape[0], index.causal.shape[0]
     labels, _, longest_suffix = index.end_mask.shape
-    padded = _Take.apply(rows, index.spread, index.spread_back)
-    prefix, suffix = padded.split([count * longest, count * labels * longest_suffix])
+    padded = _take(rows, index.spread, index.spread_back)
+    prefix, suffix = torch.split(padded, [count * longest, count * labels * longest_suffix])
     return (
         prefix.reshape(count, longest, spec.heads, -1).transpose(1, 2),
         suffix.reshape(count, labels, longest_suffix, spec.heads, -1).permute(0, 3, 1, 2, 4),
@@ -143,12 +148,11 @@ def _attend_suffix(
     own_mask: Tensor,
 ) -> Tensor:
     """Suffix queries ``[N, heads, C, Q, d]`` over the prefix ``[N, heads, P, d]`` and their own suffix."""
-    labels, queries = query.shape[2:4]
-    far = (query.flatten(2, 3) @ prefix_key.transpose(-1, -2)).unflatten(2, (labels, queries)) + prefix_mask
+    far = (query.flatten(2, 3) @ prefix_key.transpose(-1, -2)).reshape(*query.shape[:-1], -1) + prefix_mask
     near = query @ own_key.transpose(-1, -2) + own_mask
     weight = torch.softmax(torch.cat([far, near], dim=-1), dim=-1)
-    far, near = weight.split([far.shape[-1], near.shape[-1]], dim=-1)
-    return (far.flatten(2, 3) @ prefix_value).unflatten(2, (labels, queries)) + near @ own_value
+    far, near = torch.split(weight, [far.shape[-1], near.shape[-1]], dim=-1)
+    return (far.flatten(2, 3) @ prefix_value).reshape(query.shape) + near @ own_value
 
 
 @lru_cache(maxsize=16)

@@ -6,7 +6,7 @@ input, which the exporter turns into external data of one shared file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn import functional
 
 Weights = Mapping[str, Tensor]
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "gelu": functional.gelu,
     "gelu_new": lambda x: functional.gelu(x, approximate="tanh"),
@@ -80,7 +80,7 @@ def feed_forward(weights: Weights, layer: str, x: Tensor, spec: TowerSpec) -> Te
 
 def split_heads(x: Tensor, spec: TowerSpec) -> Tensor:
     """``[B, T, W]`` to ``[B, heads, T, d]``."""
-    return x.unflatten(-1, (spec.heads, -1)).transpose(1, 2)
+    return x.reshape(*x.shape[:-1], spec.heads, -1).transpose(1, 2)
 
 
 def merge_heads(x: Tensor) -> Tensor:

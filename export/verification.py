@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedmpt.export import programs
+from fedmpt.export import methods, programs
 from fedmpt.export.clip import ClipCheckpoint
 from fedmpt.export.graphs import Tensors
 from fedmpt.export.methods import Setup
@@ -48,7 +48,7 @@ def verify_graphs(
     }
     batch = programs.example_batch(setup, manifest.tokens.count, manifest.training.batch_size)
     with torch.no_grad():
-        text = programs.methods.text_features(setup, weights, state)
+        text = methods.text_features(setup, weights, state)
         kind, mode = manifest.tokens.kind, manifest.tokens.mode
         expected = {
             "image_encoder": {"tokens": programs.run_image_encoder(clip, vision, pixels, kind, mode)},
