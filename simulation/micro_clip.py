@@ -54,7 +54,6 @@ class Stage:
     learning_rate: float
     warmup: float  # share of the steps
     patch_weight: float  # of the loss on single patches
-    class_weight: float = 1.0  # of the loss on the class token
     easy_until: float = 0.0  # share of the steps on bright pictures without small objects
     anchors_until: float = 0.0  # share of the steps over which the anchors' help fades out
     photos_only: bool = False  # captions of a label alone are meant of photo-like pictures
@@ -68,7 +67,6 @@ class Recipe:
         Stage(1, 3000, 3000, 1.5e-3, warmup=0.15, patch_weight=10.0, easy_until=0.2, anchors_until=0.5),
         Stage(2, 2600, 4800, 1.2e-3, warmup=0.05, patch_weight=1.0),
         Stage(3, 5000, 5000, 1.0e-3, warmup=0.02, patch_weight=2.0, photos_only=True),
-        Stage(3, 3200, 3200, 8.0e-4, warmup=0.03, patch_weight=1.0, class_weight=2.0, photos_only=True),
     )
     batch: int = 64
     captions: int = 40  # of a batch's pictures, beside one caption for every label
@@ -150,7 +148,7 @@ class Trainer:
                 self.model, self.tokenizer, [c.text for c in captions], self._runs(generator)
             )
         by_patch = stage.patch_weight * self._patch_loss(images, texts, patches)
-        loss = self._image_loss(images, texts, truth, stage.class_weight) + by_patch
+        loss = self._image_loss(images, texts, truth) + by_patch
         if step < stage.anchors_until * stage.steps:
             help_of_anchors = 1 - step / (stage.anchors_until * stage.steps)
             anchors = functional.normalize(self.anchors, dim=-1)
@@ -160,7 +158,7 @@ class Trainer:
             nearest = self.model.logit_scale.exp() * texts[rows] @ anchors.T
             aligned = functional.cross_entropy(nearest, targets)
             by_anchor = stage.patch_weight * self._patch_loss(images, anchors, patches)
-            by_anchor = by_anchor + self._image_loss(images, anchors, anchor_truth, stage.class_weight)
+            by_anchor = by_anchor + self._image_loss(images, anchors, anchor_truth)
             loss = loss + help_of_anchors * (by_anchor + 10 * aligned)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -169,12 +167,10 @@ class Trainer:
         self.step += 1
         return float(loss.detach())
 
-    def _image_loss(
-        self, images: torch.Tensor, texts: torch.Tensor, truth: torch.Tensor, class_weight: float
-    ) -> torch.Tensor:
+    def _image_loss(self, images: torch.Tensor, texts: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
         """Pair loss of the class token and of the best patch."""
         scale = self.model.logit_scale
-        whole = class_weight * pair_loss(images[:, 0] @ texts.T, truth, scale, self.biases[0])
+        whole = pair_loss(images[:, 0] @ texts.T, truth, scale, self.biases[0])
         return whole + pair_loss((images[:, 1:] @ texts.T).amax(1), truth, scale, self.biases[1])
 
     def _patch_loss(self, images: torch.Tensor, texts: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:

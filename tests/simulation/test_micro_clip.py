@@ -138,9 +138,9 @@ def test_the_shipped_weights_recognise_fresh_scenes(shipped):
     scenes = draw_scenes(SceneSpecification(), 300, seed=424242)
     tokens = encode_scenes(shipped[0], scenes.pixels)
     figures = zero_shot(*shipped, scenes, tokens)
-    assert figures["class_token"] >= 0.88
+    assert figures["class_token"] >= 0.80
     assert figures["best_patch"] >= 0.88
-    assert pointing(*shipped, scenes, tokens)["centre_in_box"] >= 0.75
+    assert pointing(*shipped, scenes, tokens)["centre_in_box"] >= 0.90
 
 
 def test_mean_average_precision_on_a_ranking_done_by_hand():
