@@ -87,7 +87,16 @@ class Hub:
     def open_round(self, number, state, phase="train", clients=("site-a",), edition=None):
         self.publish(TOPICS.state(number), encode_state(state))
         trainable = ("bias", "scale") if phase == "calibrate" else tuple(sorted(self.bundle.state))
-        opened = Round("birds", number, phase, trainable, state_digest(state), None, clients, number if edition is None else edition)
+        opened = Round(
+            "birds",
+            number,
+            phase,
+            trainable,
+            state_digest(state),
+            None,
+            clients,
+            number if edition is None else edition,
+        )
         self.publish(TOPICS.round, to_json(opened))
 
     def answer(self, payload, number, status="accepted", check="", reason=""):
