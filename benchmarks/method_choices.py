@@ -7,7 +7,9 @@ Test figures are of photos with independent labels; none is used to choose a thr
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,11 @@ from fedmpt.edge_client.engine import HeadOutput
 from fedmpt.edge_client.metrics import mean_average_precision, recall_thresholds, spurious_activation_rate
 from fedmpt.edge_client.trainer import SiteData, calibrate, train_round
 from fedmpt.export import methods, programs
-from fedmpt.export.clip import TOKEN_KINDS, ClipCheckpoint
+from fedmpt.export.clip import TOKEN_KINDS, ClipCheckpoint, load_clip
 from fedmpt.export.conditions import DEFAULT_CONDITIONS
 from fedmpt.export.frozen import freeze
 from fedmpt.export.methods import METHODS, Setup
+from fedmpt.export.presets import PAPER_TRAINING
 from fedmpt.protocol.codec import State
 from fedmpt.protocol.manifest import Pooling, TensorSpec, Training
 from fedmpt.simulation.scenes import SceneSet
@@ -121,7 +124,7 @@ def untrained(bench: Bench) -> list[dict[str, Any]]:
             rows.append(row(bench, kind, mode, "class token", None, None, cosine[:, 0], None, scenes))
             for pooling in poolings():
                 psi, plan = methods._pool(
-                    dataclasses.replace(setup, pooling=pooling), tokens[:, 1:], text, pooling.name, {}
+                    dataclasses.replace(setup, pooling=pooling), tokens[:, 1:], text, pooling.name, {}, True
                 )
                 rows.append(
                     row(
@@ -287,3 +290,45 @@ def figures(bench: Bench, engine: Engine, state: State, kind: str, mode: str) ->
 def open_bench(seed: int, store: Path, clip: ClipCheckpoint) -> Bench:
     store.mkdir(parents=True, exist_ok=True)
     return Bench(clip, federation_set(seed), store, seed)
+
+
+def main() -> None:
+    """Measure one part and put it into the result file, which keeps the other."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", choices=("untrained", "trained"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="federations (%(default)s)")
+    parser.add_argument(
+        "--store", type=Path, default=ROOT / "runs" / "method", help="kept tokens (%(default)s)"
+    )
+    arguments = parser.parse_args()
+    clip = load_clip(str(ROOT / "simulation" / "data" / "micro-clip"))
+    rows: list[dict[str, Any]] = []
+    for seed in arguments.seeds:
+        bench = open_bench(seed, arguments.store, clip)
+        rows += untrained(bench) if arguments.part == "untrained" else federations(bench)
+    result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    RESULT.parent.mkdir(parents=True, exist_ok=True)
+    RESULT.write_text(json.dumps(result | {arguments.part: rows}, indent=1) + "\n")
+
+
+def federations(bench: Bench) -> list[dict[str, Any]]:
+    """Both trained sets under each pooling and the optimisers, plain tokens."""
+    adamw = dataclasses.replace(PAPER_TRAINING, optimizer="adamw", rounds=10)
+    sgd = dataclasses.replace(PAPER_TRAINING, rounds=10)
+    chosen = (
+        Pooling("max", 1.0, 0.1, 10),
+        Pooling("transport", 4.0, 0.02, 10),
+        Pooling("transport", 4.0, 0.2, 10),
+    )
+    return [
+        trained(bench, method, pooling, training, kind="plain")
+        for method in ("fedmpt-prompts", "fedmpt-full")
+        for pooling in chosen
+        for training in (adamw, sgd)
+    ]
+
+
+if __name__ == "__main__":
+    main()
