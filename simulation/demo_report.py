@@ -33,10 +33,10 @@ def summary_rows(result: DemoResult) -> list[Row]:
     return rows
 
 
-def bytes_per_update(history: Sequence[dict[str, Any]]) -> float:
+def bytes_per_update(history: Sequence[dict[str, Any]]) -> int:
     """Mean payload of an update in the training rounds."""
     sizes = [size for line in history if line["phase"] == "train" for size in line["bytes"].values()]
-    return float(np.mean(sizes)) if sizes else math.nan
+    return round(float(np.mean(sizes))) if sizes else 0
 
 
 def seconds_per_round(history: Sequence[dict[str, Any]]) -> float:
