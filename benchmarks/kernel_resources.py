@@ -24,9 +24,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fedmpt.kernels import triton_asymmetric_loss as loss
-from fedmpt.kernels import triton_region_transport as region
+from fedmpt.kernels import triton_region_tiles as tiles
 from fedmpt.kernels.triton_region_backward import label_gradient_kernel, patch_gradient_kernel, plan_kernel
 from fedmpt.kernels.triton_region_forward import blocked_kernel, plane_kernel
+from fedmpt.kernels.triton_region_transport import POOLING_CODES
 
 CAPABILITIES = (80, 87, 90)  # A100, Jetson Orin, H100
 
@@ -71,10 +72,10 @@ KERNELS = {
 }
 
 
-def build(kernel: str, dtype: str, tile: region.Tile, pooling: str, adapted: bool, **constants: Any) -> Build:
+def build(kernel: str, dtype: str, tile: tiles.Tile, pooling: str, adapted: bool, **constants: Any) -> Build:
     """A kernel as ``triton_region_transport`` launches it."""
     shared = {
-        "POOLING": region.POOLING_CODES[pooling],
+        "POOLING": POOLING_CODES[pooling],
         "ADAPTED": adapted,
         "BLOCK_M": tile.m,
         "BLOCK_C": tile.c,
@@ -87,24 +88,33 @@ def builds(dtypes: Iterable[str], poolings: Iterable[str], adapters: Iterable[bo
     """Every kernel with every configuration that can be chosen for these dtypes, poolings and adapters."""
     for dtype, pooling, adapted in itertools.product(dtypes, poolings, adapters):
         itemsize = ITEMSIZE[dtype]
-        for tile in region.PLANES[itemsize]:
+        for tile in tiles.PLANES[itemsize]:
             choices = (True, False) if pooling == "transport" else (False,)
             for scaling in (choice for choice in choices if choice or tile.keep):
                 yield build("plane_kernel", dtype, tile, pooling, adapted, SCALING=scaling, KEEP=tile.keep)
-        for tile in region.BLOCKED[itemsize]:
+        for tile in tiles.BLOCKED[itemsize]:
             yield build("blocked_kernel", dtype, tile, pooling, adapted)
-        for tile in region.GRADIENTS[itemsize]:
+        for tile in tiles.GRADIENTS[itemsize]:
             yield build("plan_kernel", dtype, tile, pooling, adapted)
             yield build("label_gradient_kernel", dtype, tile, pooling, adapted, BLOCK_Y=tile.y)
             yield build(
                 "patch_gradient_kernel", dtype, tile, pooling, adapted, BLOCK_Y=tile.y, WRITE_NORM=False
             )
             if adapted:
-                block = region.rank_block(32)
+                block = tiles.rank_block(32)
                 yield build("label_gradient_kernel", dtype, tile, pooling, adapted, BLOCK_Y=block)
                 yield build(
                     "patch_gradient_kernel", dtype, tile, pooling, adapted, BLOCK_Y=block, WRITE_NORM=True
                 )
+    yield loss_build("mean_kernel", "float32", BLOCK=loss.REDUCE_BLOCK)
+    for dtype, clipped, conditions in itertools.product(dtypes, (True, False), (8, loss.MAXIMUM_CONDITIONS)):
+        for kernel in ("loss_kernel", "loss_gradient_kernel"):
+            yield loss_build(kernel, dtype, CLIPPED=clipped, BLOCK_N=conditions, BLOCK_C=loss.BLOCK_C)
+
+
+def loss_build(kernel: str, dtype: str, **constants: Any) -> Build:
+    """A kernel as ``triton_asymmetric_loss`` launches it."""
+    return Build(kernel, dtype, loss.WARPS, 3, tuple(constants.items()))
 
 
 def compile_build(build: Build) -> Resources:
@@ -138,7 +148,7 @@ def compile_build(build: Build) -> Resources:
         compiled = triton.compile(
             source,
             target=GPUTarget("cuda", build.capability, 32),
-            options={"num_warps": build.warps, "num_stages": build.stages},
+            options={"num_warps": build.warps, "num_stages": build.stages, "enable_fp_fusion": True},
         )
     registers = re.search(r"Used (\d+) registers", log.getvalue())
     spills = re.findall(r"(\d+) bytes spill", log.getvalue())
@@ -163,9 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--kernel", nargs="*", default=list(KERNELS), choices=list(KERNELS))
     parser.add_argument("--dtype", nargs="*", default=list(ITEMSIZE), choices=list(ITEMSIZE))
-    parser.add_argument(
-        "--pooling", nargs="*", default=list(region.POOLING_CODES), choices=list(region.POOLING_CODES)
-    )
+    parser.add_argument("--pooling", nargs="*", default=list(POOLING_CODES), choices=list(POOLING_CODES))
     parser.add_argument("--adapters", nargs="*", default=["no", "yes"], choices=["no", "yes"])
     parser.add_argument("--capability", type=int, nargs="*", default=CAPABILITIES, choices=CAPABILITIES)
     options = parser.parse_args(arguments)

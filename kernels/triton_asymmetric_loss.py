@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_C, REDUCE_BLOCK = 128, 256
+BLOCK_C, REDUCE_BLOCK, WARPS = 128, 256, 4
 MAXIMUM_CONDITIONS = 64
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -253,7 +253,7 @@ def _forward(
             psi, gate.contiguous(), scale, bias, labels, losses, known, n, c, *psi.stride(), *labels.stride(),
             gamma_pos, gamma_neg, clip, **_constants(n, clip),
         )  # fmt: skip
-        mean_kernel[(1,)](losses, known, loss, inverse_count, b, BLOCK=REDUCE_BLOCK)
+        mean_kernel[(1,)](losses, known, loss, inverse_count, b, BLOCK=REDUCE_BLOCK, enable_fp_fusion=True)
     return loss, inverse_count
 
 
@@ -335,5 +335,6 @@ def _constants(conditions: int, clip: float) -> dict[str, Any]:
         "CLIPPED": clip > 0,
         "BLOCK_N": triton.next_power_of_2(conditions),
         "BLOCK_C": BLOCK_C,
-        "num_warps": 4,
+        "num_warps": WARPS,
+        "enable_fp_fusion": True,
     }

@@ -1,4 +1,4 @@
-"""Region transport on Triton: configurations, launches and gradients of the kernels beside this file.
+"""Region transport on Triton: launches of the kernels beside this file, and their gradients.
 
 The forward pass keeps two numbers a patch and one a label; the backward pass makes everything else again.
 Importing this imports Triton. ``reference.region_transport`` is the definition.
@@ -6,7 +6,6 @@ Importing this imports Triton. ``reference.region_transport`` is the definition.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,55 +15,18 @@ from torch import Tensor
 from fedmpt.kernels import reference
 from fedmpt.kernels.triton_region_backward import label_gradient_kernel, patch_gradient_kernel, plan_kernel
 from fedmpt.kernels.triton_region_forward import blocked_kernel, plane_kernel
+from fedmpt.kernels.triton_region_tiles import (
+    MAXIMUM_PATCHES,
+    MAXIMUM_RANK,
+    Tile,
+    forward_tile,
+    gradient_tile,
+    rank_block,
+)
 
-MAXIMUM_PATCHES, MAXIMUM_RANK = {2: 1024, 4: 256}, 128  # patches by bytes a token element
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 POOLING_CODES = {"transport": 0, "softmax": 1, "max": 2}
 
-
-@dataclass(frozen=True)
-class Tile:
-    """One kernel configuration: a block of ``m`` patches by ``c`` labels, ``d`` of the width multiplied at a time.
-
-    ``keep``: the cosines stay on chip beside the weights, instead of being multiplied again at the end.
-    ``y``: the backward kernels' block of the gradient's width.
-    """
-
-    m: int
-    c: int
-    d: int
-    warps: int
-    stages: int
-    keep: bool = False
-    y: int = 0
-
-
-PLANES = {
-    2: (
-        Tile(64, 32, 64, 4, 3, keep=True),
-        Tile(64, 128, 64, 8, 3, keep=True),
-        Tile(256, 32, 64, 8, 3, keep=True),
-        Tile(256, 128, 16, 8, 3),
-        Tile(512, 32, 32, 16, 2, keep=True),
-    ),
-    4: (
-        Tile(64, 32, 32, 8, 2, keep=True),
-        Tile(256, 32, 32, 8, 2, keep=True),
-    ),
-}
-"""Planes that stay on chip, by bytes a token element, in the order in which they are tried."""
-
-BLOCKED = {
-    2: (Tile(256, 32, 32, 8, 2), Tile(1024, 8, 16, 16, 1)),
-    4: (Tile(256, 16, 16, 8, 2),),
-}
-"""The second path, by M: blocks of labels, for planes that fit none of the above."""
-
-GRADIENTS = {
-    2: (Tile(64, 32, 64, 8, 3, y=256), Tile(64, 64, 64, 8, 3, y=256)),
-    4: (Tile(32, 32, 32, 4, 2, y=64),),
-}
-"""The kernels that make planes again: the first whose ``c`` holds all labels, else the last."""
 
 LABEL_GRADIENT_PROGRAMS = 96
 """Images are split into groups until about so many programs run; each group costs one partial sum of dt."""
@@ -106,29 +68,6 @@ def region_transport(
         return results[0]
     with torch.no_grad():
         return results[0], _plan(*features, *results[1:], logit_scale / tau, reg, pooling)
-
-
-def forward_tile(patches: int, labels: int, itemsize: int, scaling: bool) -> tuple[Tile, bool]:
-    """The configuration for a plane and bytes a token element, and whether the plane stays on chip.
-
-    A plane that fills the registers pays only while the scalings are iterated: one product an element.
-    """
-    for tile in PLANES[itemsize]:
-        if patches <= tile.m and labels <= tile.c and (tile.keep or scaling):
-            return tile, True
-    return next(tile for tile in BLOCKED[itemsize] if patches <= tile.m), False
-
-
-def gradient_tile(labels: int, itemsize: int) -> Tile:
-    """The backward kernels' configuration."""
-    tiles = GRADIENTS[itemsize]
-    return next((tile for tile in tiles if labels <= tile.c), tiles[-1])
-
-
-def rank_block(rank: int) -> int:
-    """A power of two that holds the rank and that a matrix product can have as a side."""
-    block: int = max(16, triton.next_power_of_2(rank))
-    return block
 
 
 @torch.library.custom_op("fedmpt::region_transport", mutates_args=())
@@ -388,6 +327,7 @@ def _constants(tile: Tile, pooling: str, hidden: Tensor | None) -> dict[str, Any
         "BLOCK_D": tile.d,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
+        "enable_fp_fusion": True,  # a multiply-add rounds once; Triton's own default changes between versions
     }
 
 
