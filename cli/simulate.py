@@ -71,16 +71,16 @@ def run(arguments: argparse.Namespace) -> int:
                 tasks[stage] = progress.add_task(stage, total=total)
             progress.update(tasks[stage], completed=done)
 
-        rows = run_experiment(
+        outcomes = run_experiment(
             experiment,
             arguments.store.resolve(),
             workers=arguments.workers,
             scheduler=arguments.scheduler,
             report=report,
         )
-    write_experiment(experiment, rows, out)
+    write_experiment(experiment, outcomes, out)
     header = [*experiment.varying, *shown_metrics(experiment)]
-    cells = summary_rows(experiment, rows)
+    cells = summary_rows(experiment, [(run, outcome["metrics"]) for run, outcome in outcomes])
     if arguments.json:
         summary = [dict(zip(header, line, strict=True)) for line in cells]
         print(json.dumps({"title": experiment.title, "summary": summary, "report": str(out / "report.html")}))

@@ -165,7 +165,9 @@ def test_the_command_writes_the_results_of_an_experiment(
         str(tmp_path / "out"),
     ]
     assert main(arguments) == 0
-    assert "decorrelated.mAP" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "decorrelated.mAP" in shown
+    assert "nan" not in shown
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"results.csv", "plot-1.svg", "report.md", "report.html"}
     assert len((tmp_path / "out" / "results.csv").read_text().splitlines()) == 3
