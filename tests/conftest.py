@@ -6,6 +6,7 @@ import contextlib
 import getpass
 import hashlib
 import json
+import logging
 import shutil
 import socket
 import subprocess
@@ -22,6 +23,15 @@ MOSQUITTO = shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin:/usr/bin:/
 TINY_LABELS = ("cat", "dog", "traffic light", "potted plant")
 WORDS = ("cat", "dog", "light", "traffic", "plant", "photo", "layout", "background", "lighting", "weather")
 TINY_CONDITIONS = ("spatial layout", "background", "lighting and weather")
+
+
+@pytest.fixture(autouse=True)
+def keep_the_log_as_it_was() -> Iterator[None]:
+    """A command sends the log to the stderr of its test; what is logged later must not go to that closed file."""
+    logger = logging.getLogger("fedmpt")
+    handlers, level = logger.handlers, logger.level
+    yield
+    logger.handlers, logger.level = handlers, level
 
 
 @pytest.fixture(scope="session")
