@@ -205,9 +205,8 @@ class Federation:
 
     def echo(self, payload: bytes) -> list[Outgoing]:
         """What to publish after reading our own round topic: the round again, if an older one overtook it."""
-        messages = self._round_messages()
-        current = any(message.payload == payload for message in messages)
-        return [] if current else [message for message in messages if message.topic == self.topics.round]
+        current = self._round_message()
+        return [] if current.payload == payload else [current]
 
     def status(self, now: float, online: bool = True) -> Status:
         """The aggregator's word on where it stands."""
@@ -252,12 +251,10 @@ class Federation:
             return f"waiting for absent clients: {names}"
         return ""
 
-    def _round_messages(self) -> list[Outgoing]:
-        """State first, so that whoever reads the round can have its state; then the old state's deletion."""
-        number = self.round.number
+    def _round_message(self) -> Outgoing:
         message = Round(
             federation=self.settings.name,
-            round=number,
+            round=self.round.number,
             phase=self.round.phase,
             trainable=tuple(self.trainable),
             state=self.digest,
@@ -265,10 +262,12 @@ class Federation:
             clients=self.round.chosen,
             edition=self.round.edition,
         )
-        messages = [
-            Outgoing(self.topics.state(number), self._payload),
-            Outgoing(self.topics.round, to_json(message)),
-        ]
+        return Outgoing(self.topics.round, to_json(message))
+
+    def _round_messages(self) -> list[Outgoing]:
+        """State first, so that whoever reads the round can have its state; then the old state's deletion."""
+        number = self.round.number
+        messages = [Outgoing(self.topics.state(number), self._payload), self._round_message()]
         if number > 0:
             messages.append(Outgoing(self.topics.state(number - 1), b""))
         return messages

@@ -174,7 +174,7 @@ def compare(out: Path, manifest: BundleManifest, report: Report) -> tuple[Scores
     state = load_state(out / "final.safetensors", manifest.state)
     tuned = {name: predict(engine, state, cache.tokens)[1] for name, cache in caches.items()}
     report("evaluation", 2, 2)
-    return tuple(score(logits, caches, pairs, manifest.labels) for logits in (zero_shot, tuned))  # type: ignore[return-value]
+    return score(zero_shot, caches, pairs, manifest.labels), score(tuned, caches, pairs, manifest.labels)
 
 
 def score(

@@ -7,6 +7,7 @@ It comes from the shipped micro-CLIP and the federation's labels. Beside it stan
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
 
 from safetensors.numpy import save
@@ -27,13 +28,14 @@ def build_demo_bundle(bundle: Path = BUNDLE, zero_shot: Path = ZERO_SHOT) -> Non
     from fedmpt.export.clip import load_clip
 
     clip = load_clip(str(DATA / "micro-clip"))
-    for folder, method in ((bundle, METHOD), (bundle.with_name("zero-shot-bundle"), "zero-shot")):
-        shutil.rmtree(folder, ignore_errors=True)
-        manifest = build_bundle(clip, FEDERATION_LABELS, folder, method=method, precision=PRECISION)
-    state = load_state(folder / "state.safetensors", manifest.state)
-    text = open_engine(folder, "onnx", "cpu").text_features(state)
+    shutil.rmtree(bundle, ignore_errors=True)
+    build_bundle(clip, FEDERATION_LABELS, bundle, method=METHOD, precision=PRECISION)
+    with tempfile.TemporaryDirectory() as scratch:
+        untuned = Path(scratch) / "zero-shot"
+        manifest = build_bundle(clip, FEDERATION_LABELS, untuned, method="zero-shot", precision=PRECISION)
+        state = load_state(untuned / "state.safetensors", manifest.state)
+        text = open_engine(untuned, "onnx", "cpu").text_features(state)
     write_atomically(zero_shot, save({"text": text[0].copy()}))
-    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":
