@@ -1,7 +1,8 @@
 """Compile the Triton kernels to machine code without a GPU, and report what each needs of the chip.
 
-    python benchmarks/kernel_resources.py                                  # everything; takes long
-    python benchmarks/kernel_resources.py --dtype float16 --capability 90  # a part of it
+    python benchmarks/kernel_resources.py                                  # everything, and a record; takes long
+    python benchmarks/kernel_resources.py --dtype float16                  # of one dtype
+    python benchmarks/kernel_resources.py --dtype float16 --capability 90  # a part of it, and no record
 
 Shared memory comes from Triton's metadata, registers and spills from ptxas. ``TRITON_INTERPRET`` must be unset.
 """
@@ -13,13 +14,17 @@ import contextlib
 import io
 import itertools
 import json
+import multiprocessing
+import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import triton
+from record import Row, append_record, print_rows
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -27,9 +32,11 @@ from fedmpt.kernels import triton_asymmetric_loss as loss
 from fedmpt.kernels import triton_region_tiles as tiles
 from fedmpt.kernels.triton_region_backward import label_gradient_kernel, patch_gradient_kernel, plan_kernel
 from fedmpt.kernels.triton_region_forward import blocked_kernel, plane_kernel
-from fedmpt.kernels.triton_region_transport import POOLING_CODES
+from fedmpt.kernels.triton_region_transport import POOLING_CODES, plane_constants
 
 CAPABILITIES = (80, 87, 90)  # A100, Jetson Orin, H100
+SHARED_MEMORY = {80: 163 * 1024, 87: 163 * 1024, 90: 227 * 1024}  # bytes that one block may have
+REGISTERS_A_THREAD, REGISTERS_A_BLOCK = 255, 65536
 
 TRITON_DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
@@ -45,6 +52,7 @@ class Build:
     stages: int
     constants: tuple[tuple[str, Any], ...]
     capability: int = 80
+    most_registers: int | None = None  # None: ptxas chooses
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,16 @@ class Resources:
     shared: int
     registers: int
     spills: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether the build's chip can run it, and without spills."""
+        return (
+            self.spills == 0
+            and self.shared <= SHARED_MEMORY[self.build.capability]
+            and 0 < self.registers <= REGISTERS_A_THREAD
+            and self.registers * 32 * self.build.warps <= REGISTERS_A_BLOCK
+        )
 
 
 KERNELS = {
@@ -81,7 +99,9 @@ def build(kernel: str, dtype: str, tile: tiles.Tile, pooling: str, adapted: bool
         "BLOCK_C": tile.c,
         "BLOCK_D": tile.d,
     }
-    return Build(kernel, dtype, tile.warps, tile.stages, tuple((shared | constants).items()))
+    most = tiles.GRADIENT_REGISTERS if "gradient" in kernel else None
+    items = tuple((shared | constants).items())
+    return Build(kernel, dtype, tile.warps, tile.stages, items, most_registers=most)
 
 
 def builds(dtypes: Iterable[str], poolings: Iterable[str], adapters: Iterable[bool]) -> Iterator[Build]:
@@ -89,27 +109,25 @@ def builds(dtypes: Iterable[str], poolings: Iterable[str], adapters: Iterable[bo
     for dtype, pooling, adapted in itertools.product(dtypes, poolings, adapters):
         itemsize = ITEMSIZE[dtype]
         for tile in tiles.PLANES[itemsize]:
-            choices = (True, False) if pooling == "transport" else (False,)
-            for scaling in (choice for choice in choices if choice or tile.keep):
-                yield build("plane_kernel", dtype, tile, pooling, adapted, SCALING=scaling, KEEP=tile.keep)
+            for iterates in tile.takes:
+                if (iterates == "none") == (pooling != "transport"):
+                    constants = plane_constants(tile, iterates)
+                    yield build("plane_kernel", dtype, tile, pooling, adapted, **constants)
         for tile in tiles.BLOCKED[itemsize]:
             yield build("blocked_kernel", dtype, tile, pooling, adapted)
-        for tile in tiles.GRADIENTS[itemsize]:
+        ranks = tiles.RANK_BLOCKS if adapted else ()
+        for tile in tiles.LABEL_GRADIENTS[itemsize]:
             yield build("plan_kernel", dtype, tile, pooling, adapted)
-            yield build("label_gradient_kernel", dtype, tile, pooling, adapted, BLOCK_Y=tile.y)
-            yield build(
-                "patch_gradient_kernel", dtype, tile, pooling, adapted, BLOCK_Y=tile.y, WRITE_NORM=False
-            )
-            if adapted:
-                block = tiles.rank_block(32)
+            for block in (tile.y, *ranks):
                 yield build("label_gradient_kernel", dtype, tile, pooling, adapted, BLOCK_Y=block)
-                yield build(
-                    "patch_gradient_kernel", dtype, tile, pooling, adapted, BLOCK_Y=block, WRITE_NORM=True
-                )
+        for tile in tiles.PATCH_GRADIENTS[itemsize]:
+            for block, norm in ((tile.y, False), *((rank, True) for rank in ranks)):
+                constants = {"BLOCK_Y": block, "WRITE_NORM": norm}
+                yield build("patch_gradient_kernel", dtype, tile, pooling, adapted, **constants)
     yield loss_build("mean_kernel", "float32", BLOCK=loss.REDUCE_BLOCK)
-    for dtype, clipped, conditions in itertools.product(dtypes, (True, False), (8, loss.MAXIMUM_CONDITIONS)):
+    for dtype, clipped, count in itertools.product(dtypes, (True, False), loss.CONDITION_BLOCKS):
         for kernel in ("loss_kernel", "loss_gradient_kernel"):
-            yield loss_build(kernel, dtype, CLIPPED=clipped, BLOCK_N=conditions, BLOCK_C=loss.BLOCK_C)
+            yield loss_build(kernel, dtype, CLIPPED=clipped, **loss.blocks(count))
 
 
 def loss_build(kernel: str, dtype: str, **constants: Any) -> Build:
@@ -148,7 +166,12 @@ def compile_build(build: Build) -> Resources:
         compiled = triton.compile(
             source,
             target=GPUTarget("cuda", build.capability, 32),
-            options={"num_warps": build.warps, "num_stages": build.stages, "enable_fp_fusion": True},
+            options={
+                "num_warps": build.warps,
+                "num_stages": build.stages,
+                "maxnreg": build.most_registers,
+                "enable_fp_fusion": True,
+            },
         )
     registers = re.search(r"Used (\d+) registers", log.getvalue())
     spills = re.findall(r"(\d+) bytes spill", log.getvalue())
@@ -167,23 +190,66 @@ def describe(result: Resources) -> str:
     )
 
 
+def rows_of(results: Sequence[Resources]) -> list[Row]:
+    """The most that any configuration of a kernel needs of each resource, for each chip."""
+    rows = []
+    for kernel, capability in itertools.product(KERNELS, CAPABILITIES):
+        found = [r for r in results if (r.build.kernel, r.build.capability) == (kernel, capability)]
+        parameters = {"capability": capability / 10, "configurations": len(found)}
+        rows += [
+            Row(f"{kernel}: {name}", unit, [max(values)], parameters)
+            for name, unit, values in (
+                ("registers", "a thread", [r.registers for r in found]),
+                ("shared memory", "bytes a block", [r.shared for r in found]),
+                ("spills", "bytes a thread", [r.spills for r in found]),
+            )
+        ]
+    return rows
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Compile the chosen builds and print what each needs."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    parser.add_argument("--kernel", nargs="*", default=list(KERNELS), choices=list(KERNELS))
-    parser.add_argument("--dtype", nargs="*", default=list(ITEMSIZE), choices=list(ITEMSIZE))
-    parser.add_argument("--pooling", nargs="*", default=list(POOLING_CODES), choices=list(POOLING_CODES))
-    parser.add_argument("--adapters", nargs="*", default=["no", "yes"], choices=["no", "yes"])
-    parser.add_argument("--capability", type=int, nargs="*", default=CAPABILITIES, choices=CAPABILITIES)
+    """Compile the chosen builds and print what each needs; 1 if one does not fit its chip or spills."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    choices = {
+        "kernel": list(KERNELS),
+        "dtype": list(ITEMSIZE),
+        "pooling": list(POOLING_CODES),
+        "adapters": ["no", "yes"],
+        "capability": list(CAPABILITIES),
+    }
+    for name, values in choices.items():
+        parser.add_argument(f"--{name}", type=type(values[0]), nargs="+", default=values, choices=values)
+    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
+    parser.add_argument(
+        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compile so many at once"
+    )
     options = parser.parse_args(arguments)
     adapted = [choice == "yes" for choice in options.adapters]
-    for capability in options.capability:
-        for chosen in builds(options.dtype, options.pooling, adapted):
-            if chosen.kernel in options.kernel:
-                result = compile_build(replace(chosen, capability=capability))
-                print(json.dumps(asdict(result)) if options.json else describe(result), flush=True)
-    return 0
+    chosen = [
+        replace(build, capability=capability)
+        for capability in options.capability
+        for build in builds(options.dtype, options.pooling, adapted)
+        if build.kernel in options.kernel
+    ]
+    results = []
+    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
+        for result in pool.map(compile_build, chosen):
+            print(json.dumps(asdict(result)) if options.json else describe(result), flush=True)
+            results.append(result)
+    unfit = [result for result in results if not result.fits]
+    whole = all(getattr(options, name) == values for name, values in choices.items() if name != "dtype")
+    if whole and not options.json:
+        rows = rows_of(results)
+        print_rows("The most that any configuration needs", rows)
+        verdict = (
+            f"{len(results)} configurations compiled for tokens in {', '.join(options.dtype)}; "
+            f"{len(unfit)} do not fit their chip or spill registers."
+        )
+        path = append_record("kernel_resources", rows, notes=verdict)
+        print(f"{verdict} Recorded in {path}.")
+    return 1 if unfit else 0
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_C, REDUCE_BLOCK, WARPS = 128, 256, 4
-MAXIMUM_CONDITIONS = 64
+REDUCE_BLOCK, WARPS = 256, 4
+MAXIMUM_LABELS, MAXIMUM_ELEMENTS = 128, 2048  # of one block of ψ: it and its gradient stay in registers
+CONDITION_BLOCKS = (8, 16, 32, 64)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -45,6 +46,14 @@ def label_losses(b_x, b_label, gamma_pos, gamma_neg, clip, CLIPPED: tl.constexpr
     b_loss = tl.where(b_label > 0, b_loss_pos, tl.where(b_label == 0, b_loss_neg, 0.0))
     b_dx = tl.where(b_label > 0, b_dx_pos, tl.where(b_label == 0, b_dx_neg, 0.0))
     return b_loss, b_dx
+
+
+@triton.jit
+def load_mixture(gate_ptr, scale_ptr, bias_ptr, image, N, BLOCK_N: tl.constexpr):
+    """One image's gate [BLOCK_N], scale and bias."""
+    n = tl.arange(0, BLOCK_N)
+    b_gate = tl.load(gate_ptr + image * N + n, mask=n < N, other=0.0).to(tl.float32)
+    return b_gate, tl.load(scale_ptr).to(tl.float32), tl.load(bias_ptr).to(tl.float32)
 
 
 @triton.jit
@@ -99,9 +108,7 @@ def loss_kernel(
 ):
     """Loss of one image."""
     image = tl.program_id(0).to(tl.int64)
-    n = tl.arange(0, BLOCK_N)
-    b_gate = tl.load(gate_ptr + image * N + n, mask=n < N, other=0.0).to(tl.float32)
-    scale, bias = tl.load(scale_ptr).to(tl.float32), tl.load(bias_ptr).to(tl.float32)
+    b_gate, scale, bias = load_mixture(gate_ptr, scale_ptr, bias_ptr, image, N, BLOCK_N)
     b_sum = tl.zeros((BLOCK_C,), tl.float32)
     b_known = tl.zeros((BLOCK_C,), tl.float32)
     for start in range(0, C, BLOCK_C):
@@ -167,8 +174,7 @@ def loss_gradient_kernel(
     """All gradients of one image."""
     image = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BLOCK_N)
-    b_gate = tl.load(gate_ptr + image * N + n, mask=n < N, other=0.0).to(tl.float32)
-    scale, bias = tl.load(scale_ptr).to(tl.float32), tl.load(bias_ptr).to(tl.float32)
+    b_gate, scale, bias = load_mixture(gate_ptr, scale_ptr, bias_ptr, image, N, BLOCK_N)
     upstream = tl.load(upstream_ptr) * tl.load(inverse_count_ptr)
     b_dgate = tl.zeros((BLOCK_N,), tl.float32)
     b_dscale = tl.zeros((BLOCK_C,), tl.float32)
@@ -200,7 +206,7 @@ def supports(*tensors: Tensor) -> bool:
     conditions = tensors[0].shape[1] if tensors[0].dim() == 3 else 1
     return (
         all(tensor.dtype in DTYPES for tensor in tensors)
-        and conditions <= MAXIMUM_CONDITIONS
+        and conditions <= CONDITION_BLOCKS[-1]
         and 0 not in tensors[0].shape
     )
 
@@ -247,7 +253,7 @@ def _forward(
     """The loss, and one over the number of images with a known label."""
     b, n, c = psi.shape
     losses, known = (torch.empty(b, dtype=torch.float32, device=psi.device) for _ in range(2))
-    loss, inverse_count = _forward_outputs(psi, gate, scale, bias, labels, gamma_pos, gamma_neg, clip)
+    loss, inverse_count = _forward_outputs(psi)
     with torch.cuda.device_of(psi):
         loss_kernel[(b,)](
             psi, gate.contiguous(), scale, bias, labels, losses, known, n, c, *psi.stride(), *labels.stride(),
@@ -257,16 +263,7 @@ def _forward(
     return loss, inverse_count
 
 
-def _forward_outputs(
-    psi: Tensor,
-    gate: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    labels: Tensor,
-    gamma_pos: float,
-    gamma_neg: float,
-    clip: float,
-) -> tuple[Tensor, Tensor]:
+def _forward_outputs(psi: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return psi.new_empty((), dtype=torch.float32), psi.new_empty((), dtype=torch.float32)
 
 
@@ -291,24 +288,16 @@ def _backward(
     dpsi, dgate, dscalars = (
         torch.empty(shape, dtype=torch.float32, device=psi.device) for shape in ((b, n, c), (b, n), (b, 2))
     )
-    loss_gradient_kernel[(b,)](
-        psi, gate.contiguous(), scale, bias, labels, upstream, inverse_count, dpsi, dgate, dscalars,
-        n, c, *psi.stride(), *labels.stride(), gamma_pos, gamma_neg, clip, **_constants(n, clip),
-    )  # fmt: skip
+    with torch.cuda.device_of(psi):
+        loss_gradient_kernel[(b,)](
+            psi, gate.contiguous(), scale, bias, labels, upstream, inverse_count, dpsi, dgate, dscalars,
+            n, c, *psi.stride(), *labels.stride(), gamma_pos, gamma_neg, clip, **_constants(n, clip),
+        )  # fmt: skip
     return dpsi.to(psi.dtype), dgate.to(gate.dtype), dscalars.sum(0)
 
 
 def _backward_outputs(
-    upstream: Tensor,
-    inverse_count: Tensor,
-    psi: Tensor,
-    gate: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    labels: Tensor,
-    gamma_pos: float,
-    gamma_neg: float,
-    clip: float,
+    upstream: Tensor, inverse_count: Tensor, psi: Tensor, gate: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return psi.new_empty(psi.shape), gate.new_empty(gate.shape), psi.new_empty(2, dtype=torch.float32)
 
@@ -330,11 +319,16 @@ def _gradients(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ..
 _forward.register_autograd(_gradients, setup_context=_setup_context)
 
 
+def blocks(conditions: int) -> dict[str, int]:
+    """The block of conditions and labels that a program works on at a time."""
+    block = next(block for block in CONDITION_BLOCKS if conditions <= block)
+    return {"BLOCK_N": block, "BLOCK_C": min(MAXIMUM_LABELS, MAXIMUM_ELEMENTS // block)}
+
+
 def _constants(conditions: int, clip: float) -> dict[str, Any]:
     return {
         "CLIPPED": clip > 0,
-        "BLOCK_N": triton.next_power_of_2(conditions),
-        "BLOCK_C": BLOCK_C,
+        **blocks(conditions),
         "num_warps": WARPS,
         "enable_fp_fusion": True,
     }

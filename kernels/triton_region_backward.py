@@ -1,7 +1,7 @@
 """Triton kernels that make similarities and W again from the kept statistics: the plan, and both gradients.
 
 With s = z·t + h·k, both gradients are products with ds = W·∂ψ (over the adapted norm): of dsᵀ with z or h, and of
-ds with t or k. Each kernel is given the one to multiply with, ``y``. Notation as in ``triton_region_forward``; a
+ds with t or k. Each kernel is given the one to multiply with, ``y``. Notation as in ``triton_region_blocks``; a
 leading ``d`` marks a gradient. ∂ψ is divided by its peak before it meets float16, whose smallest number it
 would often fall below, and multiplied back in float32.
 """
@@ -11,27 +11,38 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fedmpt.kernels.triton_region_forward import NEGATIVE_INFINITY, TRANSPORT, similarity_block, weights_block
+from fedmpt.kernels.triton_region_blocks import (
+    NEGATIVE_INFINITY,
+    TRANSPORT,
+    features_of_pair,
+    load_inverse_norm,
+    similarity_block,
+    weights_block,
+)
 
 
 @triton.jit
 def plane_block(
-    z_ptr,  # [M, D] of one image (and condition)
-    t_ptr,  # [C, D] of one condition
-    h_ptr,  # [M, R]
-    k_ptr,  # [C, R]
-    inverse_norm_ptr,  # [M]
-    row_lse_ptr,  # [M]
-    f_ptr,  # [M]
-    g_ptr,  # [C]
+    z_ptr,  # [B, N, M, D] by its strides
+    t_ptr,  # [N, C, D]
+    h_ptr,  # [B, N, M, R]
+    k_ptr,  # [N, C, R]
+    inverse_norm_ptr,  # [B, N, M]
+    row_lse_ptr,  # [B, N, M]
+    f_ptr,  # [B, N, M]
+    g_ptr,  # [B, N, C]
+    image,
+    condition,
     rows,
     labels,
+    N,
     M,
     C,
     D,
     R,
+    stride_b,
+    stride_n,
     stride_m,
-    stride_d,
     scale,
     inverse_reg,
     POOLING: tl.constexpr,
@@ -42,18 +53,20 @@ def plane_block(
 ):
     """s, W [BLOCK_M, BLOCK_C] and the inverse norm [BLOCK_M] by which s becomes a cosine."""
     in_m, in_c = rows < M, labels < C
+    pair = image * N + condition
+    z_ptr, t_ptr, h_ptr, k_ptr = features_of_pair(
+        z_ptr, t_ptr, h_ptr, k_ptr, image, condition, N, M, C, D, R, stride_b, stride_n
+    )
     b_s = similarity_block(
-        z_ptr, t_ptr, h_ptr, k_ptr, rows, labels, M, C, D, R, stride_m, stride_d,
+        z_ptr, t_ptr, h_ptr, k_ptr, rows, labels, M, C, D, R, stride_m,
         ADAPTED, BLOCK_M, BLOCK_C, BLOCK_D,
     )  # fmt: skip
-    b_inverse_norm = tl.full((BLOCK_M,), 1.0, tl.float32)
-    if ADAPTED:
-        b_inverse_norm = tl.load(inverse_norm_ptr + rows, mask=in_m, other=0.0)
-    b_g = tl.load(g_ptr + labels, mask=in_c, other=NEGATIVE_INFINITY)
+    b_inverse_norm = load_inverse_norm(inverse_norm_ptr + pair * M, rows, in_m, ADAPTED, BLOCK_M)
+    b_g = tl.load(g_ptr + pair * C + labels, mask=in_c, other=NEGATIVE_INFINITY)
     b_f, b_row_lse = b_inverse_norm, b_inverse_norm
     if POOLING == TRANSPORT:
-        b_f = tl.load(f_ptr + rows, mask=in_m, other=NEGATIVE_INFINITY)
-        b_row_lse = tl.load(row_lse_ptr + rows, mask=in_m, other=0.0)
+        b_f = tl.load(f_ptr + pair * M + rows, mask=in_m, other=NEGATIVE_INFINITY)
+        b_row_lse = tl.load(row_lse_ptr + pair * M + rows, mask=in_m, other=0.0)
     b_x = b_s * (b_inverse_norm * scale)[:, None]
     b_x = tl.where(in_m[:, None] & in_c[None, :], b_x, NEGATIVE_INFINITY)
     return b_s, weights_block(b_x, b_row_lse, b_f, b_g, rows, inverse_reg, POOLING), b_inverse_norm
@@ -78,7 +91,6 @@ def plan_kernel(
     stride_b,
     stride_n,
     stride_m,
-    stride_d,
     scale,
     inverse_reg,
     POOLING: tl.constexpr,
@@ -93,10 +105,8 @@ def plan_kernel(
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     labels = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     _, b_w, _ = plane_block(
-        z_ptr + image * stride_b + condition * stride_n, t_ptr + condition * C * D,
-        h_ptr + pair * M * R, k_ptr + condition * C * R,
-        inverse_norm_ptr + pair * M, row_lse_ptr + pair * M, f_ptr + pair * M, g_ptr + pair * C,
-        rows, labels, M, C, D, R, stride_m, stride_d, scale, inverse_reg,
+        z_ptr, t_ptr, h_ptr, k_ptr, inverse_norm_ptr, row_lse_ptr, f_ptr, g_ptr, image, condition, rows, labels,
+        N, M, C, D, R, stride_b, stride_n, stride_m, scale, inverse_reg,
         POOLING, ADAPTED, BLOCK_M, BLOCK_C, BLOCK_D,
     )  # fmt: skip
     places = (pair * M + rows[:, None]) * C + labels[None, :]
@@ -125,12 +135,10 @@ def label_gradient_kernel(
     stride_b,
     stride_n,
     stride_m,
-    stride_d,
     Y,
     y_stride_b,
     y_stride_n,
     y_stride_m,
-    y_stride_d,
     scale,
     inverse_reg,
     images_per_group,
@@ -150,8 +158,6 @@ def label_gradient_kernel(
     in_c, in_y = labels < C, columns < Y
     first = group * images_per_group
     last = tl.minimum(first + images_per_group, B)
-    t_ptr += condition * C * D
-    k_ptr += condition * C * R
 
     b_peak = tl.full((BLOCK_C,), 1e-30, tl.float32)
     for image in range(first, last):
@@ -165,15 +171,14 @@ def label_gradient_kernel(
         for start in range(0, M, BLOCK_M):
             rows = start + tl.arange(0, BLOCK_M)
             _, b_w, b_inverse_norm = plane_block(
-                z_ptr + image * stride_b + condition * stride_n, t_ptr, h_ptr + pair * M * R, k_ptr,
-                inverse_norm_ptr + pair * M, row_lse_ptr + pair * M, f_ptr + pair * M, g_ptr + pair * C,
-                rows, labels, M, C, D, R, stride_m, stride_d, scale, inverse_reg,
+                z_ptr, t_ptr, h_ptr, k_ptr, inverse_norm_ptr, row_lse_ptr, f_ptr, g_ptr, image, condition, rows, labels,
+                N, M, C, D, R, stride_b, stride_n, stride_m, scale, inverse_reg,
                 POOLING, ADAPTED, BLOCK_M, BLOCK_C, BLOCK_D,
             )  # fmt: skip
             b_ds = b_w * b_dpsi[None, :] * b_inverse_norm[:, None]
             b_y = tl.load(
                 y_ptr + image * y_stride_b + condition * y_stride_n
-                + rows[:, None] * y_stride_m + columns[None, :] * y_stride_d,
+                + rows[:, None] * y_stride_m + columns[None, :],
                 mask=(rows < M)[:, None] & in_y[None, :],
                 other=0.0,
             )  # fmt: skip
@@ -205,7 +210,6 @@ def patch_gradient_kernel(
     stride_b,
     stride_n,
     stride_m,
-    stride_d,
     Y,
     scale,
     inverse_reg,
@@ -225,7 +229,6 @@ def patch_gradient_kernel(
     in_m, in_y = rows < M, columns < Y
     first = part * (N // parts)
     last = first + N // parts
-    z_ptr += image * stride_b
 
     peak = tl.full((), 1e-30, tl.float32)
     for start in range(first * C, last * C, BLOCK_C):
@@ -241,10 +244,8 @@ def patch_gradient_kernel(
             labels = start + tl.arange(0, BLOCK_C)
             in_c = labels < C
             b_s, b_w, b_inverse_norm = plane_block(
-                z_ptr + condition * stride_n, t_ptr + condition * C * D,
-                h_ptr + pair * M * R, k_ptr + condition * C * R,
-                inverse_norm_ptr + pair * M, row_lse_ptr + pair * M, f_ptr + pair * M, g_ptr + pair * C,
-                rows, labels, M, C, D, R, stride_m, stride_d, scale, inverse_reg,
+                z_ptr, t_ptr, h_ptr, k_ptr, inverse_norm_ptr, row_lse_ptr, f_ptr, g_ptr, image, condition, rows, labels,
+                N, M, C, D, R, stride_b, stride_n, stride_m, scale, inverse_reg,
                 POOLING, ADAPTED, BLOCK_M, BLOCK_C, BLOCK_D,
             )  # fmt: skip
             b_dpsi = tl.load(dpsi_ptr + pair * C + labels, mask=in_c, other=0.0) / peak

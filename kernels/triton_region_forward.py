@@ -1,8 +1,6 @@
 """Triton kernels from features to ψ: one program per image and condition, its [M, C] plane on chip.
 
-Notation: ``b_`` is a block in registers, x = ℓ/τ the scaled similarity, p = softmax_c(x), affinity = (p − ½)/λ
-the centred −K/λ, W = C·P the weights whose columns sum to 1. f = log u and g = log v are the transport's
-duals: W = exp(affinity + f + g).
+Notation as in ``triton_region_blocks``.
 """
 
 from __future__ import annotations
@@ -10,119 +8,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-TRANSPORT = tl.constexpr(0)
-SOFTMAX = tl.constexpr(1)
-MAX = tl.constexpr(2)
-
-NEGATIVE_INFINITY = tl.constexpr(float("-inf"))
-POOL_BLOCK = tl.constexpr(32)  # labels at a time where a plane is multiplied again
-
-
-@triton.jit
-def add_products(
-    b_s,
-    z_ptr,  # [M, D] by its strides
-    t_ptr,  # [C, D]
-    rows,
-    labels,
-    M,
-    C,
-    D,
-    stride_m,
-    stride_d,
-    BLOCK_D: tl.constexpr,
-):
-    """s + z·t for the given rows and labels; adds 0 outside M and C."""
-    in_m, in_c = rows < M, labels < C
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        in_d = d < D
-        b_z = tl.load(
-            z_ptr + rows[:, None] * stride_m + d[None, :] * stride_d,
-            mask=in_m[:, None] & in_d[None, :],
-            other=0.0,
-        )
-        b_t = tl.load(t_ptr + labels[None, :] * D + d[:, None], mask=in_c[None, :] & in_d[:, None], other=0.0)
-        b_s = tl.dot(b_z, b_t, b_s, input_precision="tf32x3")
-    return b_s
-
-
-@triton.jit
-def similarity_block(
-    z_ptr,  # [M, D] of one image (and condition)
-    t_ptr,  # [C, D] of one condition
-    h_ptr,  # [M, R]
-    k_ptr,  # [C, R]
-    rows,
-    labels,
-    M,
-    C,
-    D,
-    R,
-    stride_m,
-    stride_d,
-    ADAPTED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """z·t (+ h·k where adapted) for the given rows and labels, [BLOCK_M, BLOCK_C]; 0 outside M and C."""
-    b_s = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    if ADAPTED:
-        b_s = add_products(b_s, h_ptr, k_ptr, rows, labels, M, C, R, R, 1, BLOCK_D)
-    return add_products(b_s, z_ptr, t_ptr, rows, labels, M, C, D, stride_m, stride_d, BLOCK_D)
-
-
-@triton.jit
-def log_row_marginal(b_row_max, in_m):
-    """log softmax over the patches of each patch's best x; −inf outside M."""
-    b_row_max = tl.where(in_m, b_row_max, NEGATIVE_INFINITY)
-    highest = tl.max(b_row_max, 0)
-    return b_row_max - highest - tl.log(tl.sum(tl.exp(b_row_max - highest), 0))
-
-
-@triton.jit
-def affinity_block(b_x, b_row_lse, in_c, inverse_reg):
-    """−K/λ, centred, from x and its logsumexp over all labels; finite outside C."""
-    b_p = tl.exp(tl.where(in_c[None, :], b_x, NEGATIVE_INFINITY) - b_row_lse[:, None])
-    return (b_p - 0.5) * inverse_reg
-
-
-@triton.jit
-def column_dual(b_affinity, b_f, in_c):
-    """g = −logsumexp_m(affinity + f), so that the columns of W sum to 1; −inf outside C."""
-    b_y = b_affinity + b_f[:, None]
-    highest = tl.max(b_y, 0)
-    b_g = -highest - tl.log(tl.sum(tl.exp(b_y - highest[None, :]), 0))
-    return tl.where(in_c, b_g, NEGATIVE_INFINITY)
-
-
-@triton.jit
-def weights_block(b_x, b_row_lse, b_f, b_g, rows, inverse_reg, POOLING: tl.constexpr):
-    """W from the statistics that the forward pass keeps (for MAX, g holds the best patch's index).
-
-    Outside M and C, x must be −inf: exp of anything else could overflow there.
-    """
-    if POOLING == TRANSPORT:
-        b_affinity = (tl.exp(b_x - b_row_lse[:, None]) - 0.5) * inverse_reg
-        b_w = tl.exp(b_affinity + b_f[:, None] + b_g[None, :])
-    elif POOLING == SOFTMAX:
-        b_w = tl.exp(b_x + b_g[None, :])
-    else:
-        b_w = tl.where(rows.to(tl.float32)[:, None] == b_g[None, :], 1.0, 0.0)
-    return b_w
-
-
-@triton.jit
-def pool_columns(b_x, rows, in_m, POOLING: tl.constexpr):
-    """Statistic g and weights W of the poolings that look at one label alone: SOFTMAX and MAX."""
-    b_x = tl.where(in_m[:, None], b_x, NEGATIVE_INFINITY)
-    if POOLING == SOFTMAX:
-        highest = tl.max(b_x, 0)
-        b_g = -highest - tl.log(tl.sum(tl.exp(b_x - highest[None, :]), 0))
-    else:
-        b_g = tl.argmax(b_x, 0).to(tl.float32)
-    return b_g, weights_block(b_x, b_g, b_g, b_g, rows, 0.0, POOLING)
+from fedmpt.kernels.triton_region_blocks import (
+    NEGATIVE_INFINITY,
+    TRANSPORT,
+    affinity_block,
+    column_dual,
+    features_of_pair,
+    fold_logsumexp,
+    load_inverse_norm,
+    log_row_marginal,
+    pool_columns,
+    similarity_block,
+)
 
 
 @triton.jit
@@ -142,7 +39,6 @@ def pool_blocks(
     D,
     R,
     stride_m,
-    stride_d,
     scale,
     inverse_reg,
     POOLING: tl.constexpr,
@@ -156,7 +52,7 @@ def pool_blocks(
         labels = start + tl.arange(0, BLOCK_C)
         in_c = labels < C
         b_cosine = b_inverse_norm[:, None] * similarity_block(
-            z_ptr, t_ptr, h_ptr, k_ptr, rows, labels, M, C, D, R, stride_m, stride_d,
+            z_ptr, t_ptr, h_ptr, k_ptr, rows, labels, M, C, D, R, stride_m,
             ADAPTED, BLOCK_M, BLOCK_C, BLOCK_D,
         )  # fmt: skip
         if POOLING == TRANSPORT:
@@ -188,33 +84,29 @@ def plane_kernel(
     stride_b,
     stride_n,
     stride_m,
-    stride_d,
     scale,  # s/τ
     inverse_reg,  # 1/λ
     iterations,
     POOLING: tl.constexpr,
     SCALING: tl.constexpr,  # iterate u and v themselves, not their logarithms
-    KEEP: tl.constexpr,  # keep the cosines on chip through the iterations, or multiply again after them
     ADAPTED: tl.constexpr,
     BLOCK_M: tl.constexpr,  # at least M
     BLOCK_C: tl.constexpr,  # at least C
     BLOCK_D: tl.constexpr,
+    POOL_C: tl.constexpr,  # the block in which cosines are multiplied again at the end; 0: they stay on chip
+    POOL_D: tl.constexpr,
 ):
     """The whole [M, C] plane of one (image, condition) in registers, Sinkhorn included."""
     pair = tl.program_id(0).to(tl.int64)
-    image, condition = pair // N, pair % N
-    z_ptr += image * stride_b + condition * stride_n
-    t_ptr += condition * C * D
-    h_ptr += pair * M * R
-    k_ptr += condition * C * R
+    z_ptr, t_ptr, h_ptr, k_ptr = features_of_pair(
+        z_ptr, t_ptr, h_ptr, k_ptr, pair // N, pair % N, N, M, C, D, R, stride_b, stride_n
+    )
     rows, labels = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_C)
     in_m, in_c = rows < M, labels < C
 
-    b_inverse_norm = tl.full((BLOCK_M,), 1.0, tl.float32)
-    if ADAPTED:
-        b_inverse_norm = tl.load(inverse_norm_ptr + pair * M + rows, mask=in_m, other=0.0)
+    b_inverse_norm = load_inverse_norm(inverse_norm_ptr + pair * M, rows, in_m, ADAPTED, BLOCK_M)
     b_cosine = b_inverse_norm[:, None] * similarity_block(
-        z_ptr, t_ptr, h_ptr, k_ptr, rows, labels, M, C, D, R, stride_m, stride_d,
+        z_ptr, t_ptr, h_ptr, k_ptr, rows, labels, M, C, D, R, stride_m,
         ADAPTED, BLOCK_M, BLOCK_C, BLOCK_D,
     )  # fmt: skip
 
@@ -254,14 +146,14 @@ def plane_kernel(
         b_f = b_inverse_norm
         b_g, b_w = pool_columns(b_cosine * scale, rows, in_m, POOLING)
 
-    if KEEP:
+    if POOL_C == 0:
         tl.store(psi_ptr + pair * C + labels, tl.sum(b_w * b_cosine, 0), mask=in_c)
         tl.store(g_ptr + pair * C + labels, b_g, mask=in_c)
     else:
         pool_blocks(
             z_ptr, t_ptr, h_ptr, k_ptr, psi_ptr + pair * C, g_ptr + pair * C, b_inverse_norm, b_row_lse, b_f,
-            rows, M, C, D, R, stride_m, stride_d, scale, inverse_reg,
-            POOLING, ADAPTED, BLOCK_M, POOL_BLOCK, BLOCK_D,
+            rows, M, C, D, R, stride_m, scale, inverse_reg,
+            POOLING, ADAPTED, BLOCK_M, POOL_C, POOL_D,
         )  # fmt: skip
 
 
@@ -284,7 +176,6 @@ def blocked_kernel(
     stride_b,
     stride_n,
     stride_m,
-    stride_d,
     scale,
     inverse_reg,
     iterations,
@@ -300,16 +191,12 @@ def blocked_kernel(
     only the row dual lives from sweep to sweep.
     """
     pair = tl.program_id(0).to(tl.int64)
-    image, condition = pair // N, pair % N
-    z_ptr += image * stride_b + condition * stride_n
-    t_ptr += condition * C * D
-    h_ptr += pair * M * R
-    k_ptr += condition * C * R
+    z_ptr, t_ptr, h_ptr, k_ptr = features_of_pair(
+        z_ptr, t_ptr, h_ptr, k_ptr, pair // N, pair % N, N, M, C, D, R, stride_b, stride_n
+    )
     rows = tl.arange(0, BLOCK_M)
     in_m = rows < M
-    b_inverse_norm = tl.full((BLOCK_M,), 1.0, tl.float32)
-    if ADAPTED:
-        b_inverse_norm = tl.load(inverse_norm_ptr + pair * M + rows, mask=in_m, other=0.0)
+    b_inverse_norm = load_inverse_norm(inverse_norm_ptr + pair * M, rows, in_m, ADAPTED, BLOCK_M)
 
     b_row_lse = tl.zeros((BLOCK_M,), tl.float32)
     b_f = tl.zeros((BLOCK_M,), tl.float32)
@@ -319,7 +206,7 @@ def blocked_kernel(
         for start in range(0, C, BLOCK_C):
             labels = start + tl.arange(0, BLOCK_C)
             b_cosine = b_inverse_norm[:, None] * similarity_block(
-                z_ptr, t_ptr, h_ptr, k_ptr, rows, labels, M, C, D, R, stride_m, stride_d,
+                z_ptr, t_ptr, h_ptr, k_ptr, rows, labels, M, C, D, R, stride_m,
                 ADAPTED, BLOCK_M, BLOCK_C, BLOCK_D,
             )  # fmt: skip
             b_x = tl.where((labels < C)[None, :], b_cosine * scale, NEGATIVE_INFINITY)
@@ -332,7 +219,7 @@ def blocked_kernel(
             for start in range(0, C, BLOCK_C):
                 labels = start + tl.arange(0, BLOCK_C)
                 b_cosine = b_inverse_norm[:, None] * similarity_block(
-                    z_ptr, t_ptr, h_ptr, k_ptr, rows, labels, M, C, D, R, stride_m, stride_d,
+                    z_ptr, t_ptr, h_ptr, k_ptr, rows, labels, M, C, D, R, stride_m,
                     ADAPTED, BLOCK_M, BLOCK_C, BLOCK_D,
                 )  # fmt: skip
                 b_affinity = affinity_block(b_cosine * scale, b_row_lse, labels < C, inverse_reg)
@@ -346,13 +233,6 @@ def blocked_kernel(
 
     pool_blocks(
         z_ptr, t_ptr, h_ptr, k_ptr, psi_ptr + pair * C, g_ptr + pair * C, b_inverse_norm, b_row_lse, b_f,
-        rows, M, C, D, R, stride_m, stride_d, scale, inverse_reg,
+        rows, M, C, D, R, stride_m, scale, inverse_reg,
         POOLING, ADAPTED, BLOCK_M, BLOCK_C, BLOCK_D,
     )  # fmt: skip
-
-
-@triton.jit
-def fold_logsumexp(b_max, b_sum, b_y):
-    """Fold the columns of y into running row maxima and sums of exponentials."""
-    b_next = tl.maximum(b_max, tl.max(b_y, 1))
-    return b_next, b_sum * tl.exp(b_max - b_next) + tl.sum(tl.exp(b_y - b_next[:, None]), 1)

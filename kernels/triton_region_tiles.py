@@ -5,17 +5,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+ITERATIONS = ("scalings", "logarithms", "none")
+"""What Sinkhorn iterates; nothing for the other poolings."""
+
 MAXIMUM_PATCHES = {2: 1024, 4: 256}  # by bytes a token element
-MAXIMUM_RANK = 128
+RANK_BLOCKS = (32, 128)
+MAXIMUM_RANK = RANK_BLOCKS[-1]
 
 
 @dataclass(frozen=True)
 class Tile:
     """One kernel configuration: a block of ``m`` patches by ``c`` labels, ``d`` of the width multiplied at a time.
 
-    ``keep``: the cosines stay on chip beside the weights, instead of being multiplied again at the end.
+    ``takes``: those of ``ITERATIONS`` for which a plane and all that they need fit the registers.
+    ``pool``: planes whose cosines do not fit beside the weights are multiplied again at the end, so many labels and so
+    much of the width at a time; (0, 0) for those that stay.
     ``y``: the backward kernels' block of the gradient's width.
     """
 
@@ -24,55 +31,63 @@ class Tile:
     d: int
     warps: int
     stages: int
-    keep: bool = False
+    takes: tuple[str, ...] = ITERATIONS
+    pool: tuple[int, int] = (0, 0)
     y: int = 0
 
 
 PLANES = {
     2: (
-        Tile(64, 32, 64, 4, 3, keep=True),
-        Tile(64, 128, 64, 8, 3, keep=True),
-        Tile(256, 32, 64, 8, 3, keep=True),
-        Tile(256, 128, 16, 8, 3),
-        Tile(512, 32, 32, 16, 2, keep=True),
+        Tile(64, 32, 64, 4, 2),
+        Tile(64, 128, 64, 8, 3),
+        Tile(256, 32, 64, 8, 3),
+        Tile(256, 64, 64, 8, 3, takes=("scalings", "none")),
+        Tile(256, 128, 16, 8, 3, takes=("scalings",), pool=(32, 64)),
+        Tile(512, 16, 32, 16, 2),
+        Tile(512, 32, 32, 16, 2, takes=("scalings", "none")),
     ),
     4: (
-        Tile(64, 32, 32, 8, 2, keep=True),
-        Tile(256, 32, 32, 8, 2, keep=True),
+        Tile(64, 32, 32, 8, 2),
+        Tile(256, 32, 32, 8, 2),
     ),
 }
-"""Planes that stay on chip, by bytes a token element, in the order in which they are tried."""
+"""Planes that stay on chip, by bytes a token element, in the order in which they are tried. None spills registers."""
 
 BLOCKED = {
     2: (Tile(256, 32, 32, 8, 2), Tile(1024, 8, 16, 16, 1)),
-    4: (Tile(256, 16, 16, 8, 2),),
+    4: (Tile(256, 16, 16, 16, 2),),
 }
 """The second path, by M: blocks of labels, for planes that fit none of the above."""
 
-GRADIENTS = {
+LABEL_GRADIENTS = {
     2: (Tile(64, 32, 64, 8, 3, y=256), Tile(64, 64, 64, 8, 3, y=256)),
     4: (Tile(32, 32, 32, 4, 2, y=64),),
 }
-"""The kernels that make planes again: the first whose ``c`` holds all labels, else the last."""
+"""The kernels that make planes again, for labels and for the plan: the first whose ``c`` holds them, else the last."""
+
+PATCH_GRADIENTS = {
+    2: (Tile(64, 32, 32, 8, 3, y=128), Tile(64, 64, 64, 8, 3, y=128)),
+    4: (Tile(32, 32, 32, 8, 2, y=32),),
+}
+"""The same for patches."""
+
+GRADIENT_REGISTERS = 255
+"""What a thread of these kernels may use: left alone, ptxas spills some to run two programs on a multiprocessor."""
 
 
-def forward_tile(patches: int, labels: int, itemsize: int, scaling: bool) -> tuple[Tile, bool]:
-    """The configuration for a plane and bytes a token element, and whether the plane stays on chip.
-
-    A plane that fills the registers pays only while the scalings are iterated: one product an element.
-    """
+def forward_tile(patches: int, labels: int, itemsize: int, iterates: str) -> tuple[Tile, bool]:
+    """The configuration for a plane and bytes a token element, and whether the plane stays on chip."""
     for tile in PLANES[itemsize]:
-        if patches <= tile.m and labels <= tile.c and (tile.keep or scaling):
+        if patches <= tile.m and labels <= tile.c and iterates in tile.takes:
             return tile, True
     return next(tile for tile in BLOCKED[itemsize] if patches <= tile.m), False
 
 
-def gradient_tile(labels: int, itemsize: int) -> Tile:
-    """The backward kernels' configuration."""
-    tiles = GRADIENTS[itemsize]
-    return next((tile for tile in tiles if labels <= tile.c), tiles[-1])
+def gradient_tile(tiles: Mapping[int, tuple[Tile, ...]], labels: int, itemsize: int) -> Tile:
+    """The backward kernels' configuration, from ``LABEL_GRADIENTS`` or ``PATCH_GRADIENTS``."""
+    return next((tile for tile in tiles[itemsize] if labels <= tile.c), tiles[itemsize][-1])
 
 
 def rank_block(rank: int) -> int:
-    """A power of two that holds the rank and that a matrix product can have as a side."""
-    return max(16, 1 << (rank - 1).bit_length())
+    """The block that holds the whole rank."""
+    return next(block for block in RANK_BLOCKS if rank <= block)

@@ -16,8 +16,11 @@ from fedmpt.kernels import reference
 from fedmpt.kernels.triton_region_backward import label_gradient_kernel, patch_gradient_kernel, plan_kernel
 from fedmpt.kernels.triton_region_forward import blocked_kernel, plane_kernel
 from fedmpt.kernels.triton_region_tiles import (
+    GRADIENT_REGISTERS,
+    LABEL_GRADIENTS,
     MAXIMUM_PATCHES,
     MAXIMUM_RANK,
+    PATCH_GRADIENTS,
     Tile,
     forward_tile,
     gradient_tile,
@@ -27,9 +30,8 @@ from fedmpt.kernels.triton_region_tiles import (
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 POOLING_CODES = {"transport": 0, "softmax": 1, "max": 2}
 
-
-LABEL_GRADIENT_PROGRAMS = 96
-"""Images are split into groups until about so many programs run; each group costs one partial sum of dt."""
+LABEL_GRADIENT_PROGRAMS = 264
+"""Images are split into groups until so many programs run, two for each multiprocessor of an H100."""
 
 
 def supports(tokens: Tensor, text: Tensor, adapters: tuple[Tensor, Tensor] | None) -> bool:
@@ -83,32 +85,25 @@ def _forward(
     pooling: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """ψ and the statistics row logsumexp, f (both empty but for transport) and g."""
-    outputs = _forward_outputs(tokens, text, hidden, folded, inverse_norm, scale, reg, iterations, pooling)
+    outputs = _forward_outputs(tokens, text, pooling)
     inputs, sizes = _inputs(tokens, text, hidden, folded, inverse_norm)
-    scaling = pooling == "transport" and reg >= reference.SCALING_REG
-    tile, on_chip = forward_tile(tokens.shape[-2], text.shape[1], tokens.element_size(), scaling)
+    iterates = "none"
+    if pooling == "transport":
+        iterates = "scalings" if reg >= reference.SCALING_REG else "logarithms"
+    tile, on_chip = forward_tile(tokens.shape[-2], text.shape[1], tokens.element_size(), iterates)
     constants = _constants(tile, pooling, hidden)
     if on_chip:
-        constants |= {"SCALING": scaling, "KEEP": tile.keep}
+        constants |= plane_constants(tile, iterates)
     kernel = plane_kernel if on_chip else blocked_kernel
     with torch.cuda.device_of(tokens):  # type: ignore[no-untyped-call]
         kernel[(len(tokens) * len(text),)](*inputs, *outputs, *sizes, scale, 1 / reg, iterations, **constants)
     return outputs
 
 
-def _forward_outputs(
-    tokens: Tensor,
-    text: Tensor,
-    hidden: Tensor | None,
-    folded: Tensor | None,
-    inverse_norm: Tensor | None,
-    scale: float,
-    reg: float,
-    iterations: int,
-    pooling: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward_outputs(tokens: Tensor, text: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Empty outputs of ``_forward``, whose last argument is the pooling."""
     b, m, n, c = tokens.shape[0], tokens.shape[-2], text.shape[0], text.shape[1]
-    rows = (b, n, m) if pooling == "transport" else (0,)
+    rows = (b, n, m) if options[-1] == "transport" else (0,)
     shapes = ((b, n, c), rows, rows, (b, n, c))
     psi, row_lse, f, g = (torch.empty(shape, dtype=torch.float32, device=tokens.device) for shape in shapes)
     return psi, row_lse, f, g
@@ -132,9 +127,9 @@ def _plan(
     pooling: str,
 ) -> Tensor:
     """The plan [B, N, M, C], from the statistics of the forward pass."""
-    plan = _plan_output(tokens, text, hidden, folded, inverse_norm, row_lse, f, g, scale, reg, pooling)
+    plan = _plan_output(tokens, text)
     inputs, sizes = _inputs(tokens, text, hidden, folded, inverse_norm)
-    (b, n, m, c), tile = plan.shape, gradient_tile(text.shape[1], tokens.element_size())
+    (b, n, m, c), tile = plan.shape, gradient_tile(LABEL_GRADIENTS, text.shape[1], tokens.element_size())
     grid = b * n, triton.cdiv(m, tile.m), triton.cdiv(c, tile.c)
     constants = _constants(tile, pooling, hidden)
     with torch.cuda.device_of(tokens):  # type: ignore[no-untyped-call]
@@ -143,19 +138,7 @@ def _plan(
     return plan / (c * plan.sum(2, keepdim=True))
 
 
-def _plan_output(
-    tokens: Tensor,
-    text: Tensor,
-    hidden: Tensor | None,
-    folded: Tensor | None,
-    inverse_norm: Tensor | None,
-    row_lse: Tensor,
-    f: Tensor,
-    g: Tensor,
-    scale: float,
-    reg: float,
-    pooling: str,
-) -> Tensor:
+def _plan_output(tokens: Tensor, text: Tensor, *_: Any) -> Tensor:
     shape = tokens.shape[0], text.shape[0], tokens.shape[-2], text.shape[1]
     return torch.empty(shape, dtype=torch.float32, device=tokens.device)
 
@@ -184,35 +167,40 @@ def _backward(
     inputs += row_lse, f, g, dpsi.contiguous()
     z, t, h, k = inputs[:4]
     b, (n, m, c, d, rank) = len(tokens), sizes[:5]
-    tile = gradient_tile(c, tokens.element_size())
-    constants = _constants(tile, pooling, hidden)
+    by_label, by_patch = (
+        gradient_tile(tiles, c, tokens.element_size()) for tiles in (LABEL_GRADIENTS, PATCH_GRADIENTS)
+    )
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=tokens.device)
 
     def label_gradient(y: Tensor, width: int, block: int) -> Tensor:
-        blocks, width_blocks = n * triton.cdiv(c, tile.c), triton.cdiv(width, block)
-        groups = min(triton.cdiv(b, 4), triton.cdiv(LABEL_GRADIENT_PROGRAMS, blocks * width_blocks))
-        per_group = triton.cdiv(b, groups)
+        blocks, width_blocks = n * triton.cdiv(c, by_label.c), triton.cdiv(width, block)
+        # Each group costs a partial sum: more than four must stay below a sixteenth of what the reference holds, which
+        # is the tokens in float32 and about six planes.
+        affordable = max(4, b * m * (d + 6 * n * c) // (16 * n * c * width))
+        wanted = max(1, LABEL_GRADIENT_PROGRAMS // (blocks * width_blocks))
+        per_group = triton.cdiv(b, min(wanted, affordable))
         partial = empty(triton.cdiv(b, per_group), n, c, width)
         label_gradient_kernel[(blocks, width_blocks, len(partial))](
             *inputs, y, partial, b, *sizes, width, *_token_strides(y), scale, 1 / reg, per_group,
-            BLOCK_Y=block, **constants,
+            BLOCK_Y=block, maxnreg=GRADIENT_REGISTERS, **_constants(by_label, pooling, hidden),
         )  # fmt: skip
         return partial.sum(0)
 
     def patch_gradient(y: Tensor, width: int, block: int, parts: int, norm: Tensor | None) -> Tensor:
         gradient = empty(b, parts, m, width)
-        patch_gradient_kernel[(b * parts, triton.cdiv(m, tile.m), triton.cdiv(width, block))](
+        patch_gradient_kernel[(b * parts, triton.cdiv(m, by_patch.m), triton.cdiv(width, block))](
             *inputs, y, gradient, gradient if norm is None else norm, *sizes, width, scale, 1 / reg, parts,
-            WRITE_NORM=norm is not None, BLOCK_Y=block, **constants,
+            WRITE_NORM=norm is not None, BLOCK_Y=block, maxnreg=GRADIENT_REGISTERS,
+            **_constants(by_patch, pooling, hidden),
         )  # fmt: skip
         return gradient
 
-    dtext = label_gradient(z, d, tile.y)
+    dtext = label_gradient(z, d, by_label.y)
     dtokens, dhidden, dfolded, dinverse_norm = empty(0), empty(0), empty(0), empty(0)
     if needs_tokens:
-        dtokens = patch_gradient(t, d, tile.y, n if tokens.dim() == 4 else 1, None)
+        dtokens = patch_gradient(t, d, by_patch.y, n if tokens.dim() == 4 else 1, None)
         dtokens = dtokens.reshape(tokens.shape).to(tokens.dtype)
     if rank:
         dinverse_norm = empty(b, n, m)
@@ -228,18 +216,12 @@ def _backward_outputs(
     hidden: Tensor | None,
     folded: Tensor | None,
     inverse_norm: Tensor | None,
-    row_lse: Tensor,
-    f: Tensor,
-    g: Tensor,
-    scale: float,
-    reg: float,
-    pooling: str,
-    needs_tokens: bool,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     def like(tensor: Tensor | None) -> Tensor:
         return text.new_empty(0 if tensor is None else tensor.shape)
 
-    dtokens = tokens.new_empty(tokens.shape) if needs_tokens else text.new_empty(0)
+    dtokens = tokens.new_empty(tokens.shape) if options[-1] else text.new_empty(0)
     return dtokens, like(text), like(hidden), like(folded), like(inverse_norm)
 
 
@@ -306,15 +288,17 @@ def _inputs(
 ) -> tuple[list[Tensor], tuple[int, ...]]:
     """What every kernel starts with: z, t, h, k (t, h and k in z's dtype), inverse norm; and N, M, C, D, R, strides.
 
-    Where there are no adapters, the pointers to what is absent are never read.
+    z may have any strides but the last, t, h and k none of their own. Where there are no adapters, the pointers to
+    what is absent are never read.
     """
+    z = tokens if tokens.stride(-1) == 1 else tokens.contiguous()
     t = text.to(tokens.dtype).contiguous()
     n, c, d = text.shape
-    sizes = n, tokens.shape[-2], c, d, 0 if hidden is None else hidden.shape[3], *_token_strides(tokens)
+    sizes = n, tokens.shape[-2], c, d, 0 if hidden is None else hidden.shape[3], *_token_strides(z)
     if hidden is None or folded is None or inverse_norm is None:
-        return [tokens, t, t, t, text], sizes
+        return [z, t, t, t, text], sizes
     h, k = (tensor.to(tokens.dtype).contiguous() for tensor in (hidden, folded))
-    return [tokens, t, h, k, inverse_norm.contiguous()], sizes
+    return [z, t, h, k, inverse_norm.contiguous()], sizes
 
 
 def _constants(tile: Tile, pooling: str, hidden: Tensor | None) -> dict[str, Any]:
@@ -331,6 +315,11 @@ def _constants(tile: Tile, pooling: str, hidden: Tensor | None) -> dict[str, Any
     }
 
 
+def plane_constants(tile: Tile, iterates: str) -> dict[str, Any]:
+    """What ``plane_kernel`` is compiled for besides."""
+    return {"SCALING": iterates == "scalings", "POOL_C": tile.pool[0], "POOL_D": tile.pool[1]}
+
+
 def _token_strides(tokens: Tensor) -> tuple[int, ...]:
-    """Strides over B, N, M and D; conditions that share their tokens are 0 apart."""
-    return tokens.stride() if tokens.dim() == 4 else (tokens.stride(0), 0, *tokens.stride()[1:])
+    """Strides over B, N and M; conditions that share their tokens are 0 apart."""
+    return tokens.stride()[:3] if tokens.dim() == 4 else (tokens.stride(0), 0, tokens.stride(1))

@@ -1,8 +1,7 @@
 """Every configuration compiles to machine code for the chips that it is meant for, and fits them; no GPU is needed.
 
-Compilation fails while Triton's interpreter is on, so it runs in processes of its own. Poolings other than
-transport, and features without adapters, are lighter builds of the same kernels:
-``benchmarks/kernel_resources.py`` compiles those too.
+Compilation fails while Triton's interpreter is on, so it runs in processes of its own. Here the heaviest builds;
+``benchmarks/kernel_resources.py`` compiles those of the other poolings and of features without adapters, too.
 """
 
 import json
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kernel_resources.py"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SHARED_MEMORY = {80: 163 * 1024, 87: 163 * 1024, 90: 227 * 1024}  # bytes that one block may have
 REGISTERS_A_THREAD, REGISTERS_A_BLOCK = 255, 65536
 
@@ -22,14 +21,28 @@ REGISTERS_A_THREAD, REGISTERS_A_BLOCK = 255, 65536
 def compiled(*arguments: str) -> list[dict[str, Any]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(
-        [sys.executable, str(SCRIPT), "--json", *arguments],
+        [sys.executable, str(BENCHMARKS / "kernel_resources.py"), "--json", *arguments],
         env=environment,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert result.returncode == 0, result.stderr[-4000:]
-    return [json.loads(line) for line in result.stdout.splitlines()]
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    assert found, result.stderr[-4000:]
+    assert result.returncode == (1 if any(map(unfit, found)) else 0), result.stderr[-4000:]
+    return found
+
+
+def unfit(result: dict[str, Any]) -> list[str]:
+    """What a build takes more of than its chip has, in words."""
+    build, registers = result["build"], result["registers"]
+    checks = {
+        "shared memory": result["shared"] <= SHARED_MEMORY[build["capability"]],
+        "registers a thread": 0 < registers <= REGISTERS_A_THREAD,
+        "registers a block": registers * 32 * build["warps"] <= REGISTERS_A_BLOCK,
+        "spills": result["spills"] == 0,
+    }
+    return [name for name, holds in checks.items() if not holds]
 
 
 @pytest.mark.slow
@@ -50,16 +63,28 @@ def test_every_configuration_fits_the_chip_without_spills(capability: int, dtype
         "mean_kernel",
         "loss_gradient_kernel",
     }
-    spilling = [result for result in found if result["spills"]]
-    for result in found:
-        assert result["shared"] <= SHARED_MEMORY[capability], result
-        assert 0 < result["registers"] <= REGISTERS_A_THREAD, result
-        assert result["registers"] * 32 * result["build"]["warps"] <= REGISTERS_A_BLOCK, result
-    if spilling:
-        # Known: the largest planes, and the loss for many labels. Whether smaller blocks are faster than a few
-        # spills can only be told on a GPU, so they stay until one has been at hand.
-        kernels = {result["build"]["kernel"] for result in spilling}
-        assert kernels <= {"plane_kernel", "loss_kernel", "loss_gradient_kernel"}
-        pytest.xfail(
-            f"{len(spilling)} of {len(found)} configurations spill registers: {', '.join(sorted(kernels))}"
-        )
+    assert [(result, unfit(result)) for result in found if unfit(result)] == []
+
+
+ONES = """
+from dataclasses import replace
+import kernel_resources as resources
+
+sizes = ("B", "N", "M", "C", "iterations", "parts", "images_per_group")
+first = {build.kernel: build for build in resources.builds(["float16"], ["transport"], [False])}
+for build in first.values():
+    ones = tuple((name, 1) for name in sizes if name in resources.KERNELS[build.kernel].arg_names)
+    resources.compile_build(replace(build, constants=build.constants + ones))
+    print(build.kernel)
+"""
+
+
+@pytest.mark.slow
+def test_sizes_of_one_compile_although_triton_makes_constants_of_them() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(BENCHMARKS)
+    result = subprocess.run(
+        [sys.executable, "-c", ONES], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert len(result.stdout.splitlines()) == 8

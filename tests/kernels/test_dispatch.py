@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fedmpt import kernels
+from fedmpt.kernels.reference import POOLINGS
 
 PAPER: dict[str, Any] = {"logit_scale": 100.0, "tau": 4.0, "reg": 0.2, "iterations": 10}
 LOSS: dict[str, Any] = {"gamma_pos": 1.0, "gamma_neg": 2.0, "clip": 0.05}
@@ -83,6 +84,24 @@ def test_loss_names_what_does_not_fit(change: dict[str, Any], message: str) -> N
         kernels.gated_asymmetric_loss(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"logits": torch.zeros(3)}, "logits has shape [3]; expected [B, C]"),
+        ({"logits": torch.zeros(3, 5, dtype=torch.int64)}, "logits is torch.int64; a floating-point tensor"),
+        ({"labels": torch.zeros(2, 5)}, "labels has shape [2, 5]; expected [B=3, C=5]"),
+        ({"labels": torch.zeros(3, 5, dtype=torch.complex64)}, "labels is torch.complex64; a real tensor"),
+        ({"labels": torch.zeros(3, 5, device="meta")}, "labels is on meta"),
+        ({"gamma_pos": float("nan")}, "gamma_pos is nan; it must be at least 0"),
+    ],
+)
+def test_plain_loss_names_what_does_not_fit(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        kernels.asymmetric_loss(
+            **{"logits": torch.zeros(3, 5), "labels": torch.zeros(3, 5), **LOSS, **change}
+        )
+
+
 def test_non_contiguous_inputs_equal_contiguous_ones() -> None:
     inputs = head_inputs()
     tokens = inputs["tokens"].transpose(1, 2).contiguous().transpose(1, 2)
@@ -93,21 +112,40 @@ def test_non_contiguous_inputs_equal_contiguous_ones() -> None:
     torch.testing.assert_close(found, kernels.region_transport(inputs["tokens"], inputs["text"], **PAPER))
 
 
-def head_loss(text: Tensor, scale: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-    psi = kernels.region_transport(inputs["tokens"], text, **PAPER)
-    assert isinstance(psi, Tensor)
-    return kernels.gated_asymmetric_loss(psi, inputs["gate"], scale, inputs["bias"], inputs["labels"], **LOSS)
-
-
-def test_compiles_as_one_graph_with_equal_loss_and_gradients() -> None:
+@pytest.mark.parametrize("reg", [0.2, 0.01])
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_the_head_compiles_as_one_graph_with_equal_loss_and_gradients(pooling: str, reg: float) -> None:
     inputs = head_inputs()
-    variables = inputs["text"].requires_grad_(), inputs["scale"].requires_grad_()
-    compiled = torch.compile(head_loss, backend="aot_eager", fullgraph=True)
-    found, expected = compiled(*variables, inputs), head_loss(*variables, inputs)
+    options = PAPER | {"pooling": pooling, "reg": reg}
+    adapters = 0.3 * torch.ones(2, 4, 8), 0.1 * torch.ones(2, 8, 4)
+    variables = [
+        value.requires_grad_() for value in (inputs["text"], *adapters, inputs["gate"], inputs["scale"])
+    ]
+
+    def loss(text: Tensor, down: Tensor, up: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+        psi = kernels.region_transport(inputs["tokens"], text, adapters=(down, up), **options)
+        return kernels.gated_asymmetric_loss(psi, gate, scale, inputs["bias"], inputs["labels"], **LOSS)
+
+    torch.compiler.reset()
+    found = torch.compile(loss, backend="aot_eager", fullgraph=True)(*variables)
+    expected = loss(*variables)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(
         torch.autograd.grad(found, variables), torch.autograd.grad(expected, variables)
     )
+
+
+def test_the_plan_and_the_plain_loss_compile_as_one_graph() -> None:
+    inputs = head_inputs()
+
+    def both(tokens: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        psi, plan = kernels.region_transport(tokens, text, return_plan=True, **PAPER)
+        return plan, kernels.asymmetric_loss(psi[:, 0], inputs["labels"], **LOSS)
+
+    torch.compiler.reset()
+    arguments = inputs["tokens"], inputs["text"]
+    found = torch.compile(both, backend="aot_eager", fullgraph=True)(*arguments)
+    torch.testing.assert_close(found, both(*arguments))
 
 
 def test_importing_and_running_on_a_cpu_does_not_import_triton() -> None:

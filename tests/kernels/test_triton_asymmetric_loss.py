@@ -47,7 +47,7 @@ def assert_equals_float64(inputs: list[Tensor], labels: Tensor, options: dict[st
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("b", [2, 7])
-@pytest.mark.parametrize(("n", "c"), [(1, 1), (5, 20), (3, 127), (4, 129), (17, 300)])
+@pytest.mark.parametrize(("n", "c"), [(1, 1), (5, 20), (3, 127), (4, 129), (17, 300), (33, 33)])
 def test_loss_and_gradients_at_every_shape(dtype: torch.dtype, b: int, n: int, c: int, device: str) -> None:
     assert_equals_float64(*inputs_of(b, n, c, dtype, device))
 

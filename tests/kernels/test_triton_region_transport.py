@@ -154,8 +154,10 @@ def test_a_small_reg_iterates_logarithms(
         (50, 20, (64, 32)),
         (49, 80, (64, 128)),
         (65, 32, (256, 32)),
-        (197, 33, (256, 128)),
-        (257, 3, (512, 32)),
+        (197, 33, (256, 64)),
+        (197, 65, (256, 128)),
+        (257, 3, (512, 16)),
+        (257, 17, (512, 32)),
     ],
 )
 def test_a_plane_runs_in_the_smallest_tile_that_holds_it(
@@ -178,9 +180,10 @@ def test_larger_planes_take_the_second_path(
     assert not tiles(launches, "plane_kernel")
 
 
-def test_a_plane_that_fills_the_registers_stays_on_chip_for_scalings_only(device, launches) -> None:
-    assert_equals_float64(Case(b=1, n=1, m=65, c=33, dtype=torch.float16, reg=0.01, logit_scale=4.0), device)
-    assert_equals_float64(Case(b=1, n=1, m=65, c=33, dtype=torch.float16, rank=3), device)
+@pytest.mark.parametrize(("m", "c"), [(65, 33), (65, 65), (257, 17)])
+def test_a_plane_that_fills_the_registers_stays_on_chip_for_scalings_only(m, c, device, launches) -> None:
+    assert_equals_float64(Case(b=1, n=1, m=m, c=c, dtype=torch.float16, reg=0.01, logit_scale=4.0), device)
+    assert_equals_float64(Case(b=1, n=1, m=m, c=c, dtype=torch.float16, rank=3), device)
     kernels = [
         launch["kernel"] for launch in launches if launch["kernel"] in ("plane_kernel", "blocked_kernel")
     ]
@@ -190,8 +193,11 @@ def test_a_plane_that_fills_the_registers_stays_on_chip_for_scalings_only(device
 @pytest.mark.parametrize(("c", "dtype"), [(32, torch.float16), (33, torch.float16), (17, torch.float32)])
 def test_gradients_run_in_every_tile(c: int, dtype: torch.dtype, device, launches) -> None:
     assert_equals_float64(Case(c=c, dtype=dtype, d=40, rank=17), device)
-    tile = region.gradient_tile(c, dtype.itemsize)
-    for kernel in ("label_gradient_kernel", "patch_gradient_kernel"):
+    for kernel, known in (
+        ("label_gradient_kernel", region.LABEL_GRADIENTS),
+        ("patch_gradient_kernel", region.PATCH_GRADIENTS),
+    ):
+        tile = region.gradient_tile(known, c, dtype.itemsize)
         assert tiles(launches, kernel) == [(tile.m, tile.c)] * 2
     assert [launch["WRITE_NORM"] for launch in launches if "WRITE_NORM" in launch] == [False, True]
 
@@ -202,15 +208,15 @@ def test_tokens_of_their_own_per_condition(dtype: torch.dtype, rank: int, device
     assert_equals_float64(Case(n=3, dtype=dtype, rank=rank, per_condition=True), device)
 
 
-@pytest.mark.parametrize("d", [17, 192, 257])
+@pytest.mark.parametrize("d", [17, 192, 257, 1024])
 def test_any_width(d: int, device) -> None:
     assert_equals_float64(Case(b=1, d=d, dtype=torch.float16), device)
 
 
 def test_images_in_uneven_groups_sum_to_the_same_gradient(device, launches) -> None:
-    assert_equals_float64(Case(b=9, m=3, n=1, c=2, dtype=torch.float16), device)
+    assert_equals_float64(Case(b=9, m=13, n=1, c=2, dtype=torch.float16), device)
     grids = [launch["grid"] for launch in launches if launch["kernel"] == "label_gradient_kernel"]
-    assert grids == [(1, 1, 3)]
+    assert grids == [(1, 1, 5)]
 
 
 def test_inputs_of_any_strides(device) -> None:
