@@ -222,6 +222,7 @@ def _relative(name: str, where: str) -> str:
     path = PurePosixPath(name.replace("\\", "/"))
     if (
         not name.strip()
+        or not path.parts  # "." names the folder itself
         or path.is_absolute()
         or ".." in path.parts
         or "\0" in name

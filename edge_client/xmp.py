@@ -6,14 +6,23 @@ its own tags and never anyone else's, and a tag that a person has taken out stay
 
 Sources: XMP Specification Part 1 (ISO 16684-1) for packet, RDF and containers; names and container kinds of the three
 properties as in ExifTool's tag tables for XMP-dc, XMP-digiKam and XMP-lr.
+
+The standard library's DOM keeps what a merge must not touch: prefixes, unused namespaces, comments, processing
+instructions, the order of attributes. Sidecars are read through defusedxml, which refuses every document type
+declaration and with it all entities.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypeGuard
+from xml.dom import XMLNS_NAMESPACE
+from xml.dom.minidom import Document, Element, Node, Text
+from xml.parsers.expat import ExpatError
 
-from lxml import etree
+from defusedxml import DefusedXmlException, minidom
 
 from fedmpt.protocol.errors import FedmptError
 from fedmpt.protocol.files import write_atomically
@@ -26,7 +35,11 @@ KEYWORDS = (
     ("digiKam", "http://www.digikam.org/ns/1.0/", "TagsList", "Seq"),
     ("lr", "http://ns.adobe.com/lightroom/1.0/", "hierarchicalSubject", "Bag"),
 )
-MAXIMUM_BYTES = 64 << 20
+MAXIMUM_BYTES = 8 << 20  # the tree takes up to a hundred times as much
+NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+# Written as they are, a reader would make spaces of them in attributes and a line feed of every carriage return.
+# Meanwhile they stand as characters that no XML document can hold.
+REFERENCES = {"\t": ("\x01", "&#9;"), "\n": ("\x02", "&#10;"), "\r": ("\x03", "&#13;")}
 EMPTY = (
     b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="%b"><rdf:Description rdf:about=""/></rdf:RDF>'
     b"</x:xmpmeta>" % RDF.encode()
@@ -69,87 +82,135 @@ def merge_tags(packet: bytes, labels: Sequence[str], where: str) -> bytes:
     Raises:
         XmpError: as :func:`write_tags`; ``where`` starts its text.
     """
-    root = _parse(packet, where)
-    rdf = root if root.tag == f"{{{RDF}}}RDF" else root.find(f"{{{RDF}}}RDF")
+    document = _parse(packet, where)
+    rdf = next(_elements(document, RDF, "RDF"), None)
+    if rdf is None and document.documentElement:
+        rdf = next(_elements(document.documentElement, RDF, "RDF"), None)
     if rdf is None:
         raise XmpError(f"{where}: has no rdf:RDF, so it is no XMP sidecar; move it away and run again")
     wanted = list(dict.fromkeys(labels))
-    try:
-        changes = [_merge(rdf, *keyword, wanted, where) for keyword in KEYWORDS]
-    except ValueError as error:  # lxml refuses control characters
-        raise XmpError(f"{where}: a label cannot be written as XML ({error})") from error
+    for label in wanted:
+        if NOT_XML.search(label):
+            raise XmpError(f"{where}: the label {label!r} cannot be written as XML; rename it")
+    changes = [_merge(rdf, *keyword, wanted, where) for keyword in KEYWORDS]
     if not any(changes):
         return packet
     declared = packet.removeprefix(b"\xef\xbb\xbf").startswith(b"<?xml ")
-    merged: bytes = etree.tostring(root.getroottree(), encoding="UTF-8", xml_declaration=declared)
-    return merged
+    return _serialise(document, declared, where)
 
 
 def _merge(
-    rdf: etree._Element, prefix: str, namespace: str, name: str, kind: str, wanted: list[str], where: str
+    rdf: Element, prefix: str, namespace: str, name: str, kind: str, wanted: list[str], where: str
 ) -> bool:
-    key, own_key = f"{{{namespace}}}{name}", f"{{{OWN}}}{name}"
-    keywords, own = _find(rdf, key, where), _find(rdf, own_key, where)
+    keywords, own = _find(rdf, namespace, name, where), _find(rdf, OWN, name, where)
     present, ours = _values(keywords), _values(own)
     gone = [label for label in ours if label not in wanted]
     new = [label for label in wanted if label not in present and label not in ours]
     if not gone and not new:
         return False
     if new:
-        keywords = _make(rdf, key, prefix, kind) if keywords is None else keywords
-        own = _make(rdf, own_key, "fedmpt", kind) if own is None else own
+        keywords = keywords or _make(rdf, namespace, name, prefix, kind)
+        own = own or _make(rdf, OWN, name, "fedmpt", kind)
     for container, removed in ((keywords, gone), (own, gone)):
         if container is None:
             continue
-        for item in [item for item in container if item.text in removed]:
+        for item in [item for item in _elements(container) if _text(item) in removed]:
             _remove(item)
         for label in new:
-            _append(container, label)
-        if not len(container):
-            _remove(container.getparent())
+            _add(container, RDF, "li", "rdf").appendChild(_document(container).createTextNode(label))
+        if not any(_elements(container)):
+            _remove(container.parentNode)
     return True
 
 
-def _find(rdf: etree._Element, key: str, where: str) -> etree._Element | None:
+def _find(rdf: Element, namespace: str, name: str, where: str) -> Element | None:
     """The list (rdf:Bag, rdf:Seq or rdf:Alt) of a property, None where the property is absent."""
-    descriptions = rdf.findall(f"{{{RDF}}}Description")
-    found = [element for description in descriptions for element in description.findall(key)]
-    if len(found) > 1 or any(key in description.attrib for description in descriptions):
-        raise XmpError(f"{where}: {key} is written twice or as an attribute; repair the sidecar")
+    descriptions = list(_elements(rdf, RDF, "Description"))
+    found = [element for description in descriptions for element in _elements(description, namespace, name)]
+    if len(found) > 1 or any(description.hasAttributeNS(namespace, name) for description in descriptions):
+        raise XmpError(
+            f"{where}: {{{namespace}}}{name} is written twice or as an attribute; repair the sidecar"
+        )
     if not found:
         return None
-    containers = [child for child in found[0] if isinstance(child.tag, str)]
-    if len(containers) != 1 or etree.QName(containers[0]).namespace != RDF:
-        raise XmpError(f"{where}: {key} is not a list of values; repair the sidecar")
+    containers = list(_elements(found[0]))
+    if len(containers) != 1 or containers[0].namespaceURI != RDF:
+        raise XmpError(f"{where}: {{{namespace}}}{name} is not a list of values; repair the sidecar")
     return containers[0]
 
 
-def _make(rdf: etree._Element, key: str, prefix: str, kind: str) -> etree._Element:
-    description = rdf.find(f"{{{RDF}}}Description")
+def _make(rdf: Element, namespace: str, name: str, prefix: str, kind: str) -> Element:
+    description = next(_elements(rdf, RDF, "Description"), None)
     if description is None:
-        description = etree.SubElement(rdf, f"{{{RDF}}}Description", {f"{{{RDF}}}about": ""})
-    namespace = etree.QName(key).namespace
-    element = etree.SubElement(description, key, nsmap={prefix: namespace})
-    return etree.SubElement(element, f"{{{RDF}}}{kind}")
+        description = _add(rdf, RDF, "Description", "rdf")
+        description.setAttributeNS(RDF, f"{description.prefix}:about", "")
+    return _add(_add(description, namespace, name, prefix), RDF, kind, "rdf")
 
 
-def _values(container: etree._Element | None) -> list[str]:
-    return [] if container is None else [item.text or "" for item in container.iter(f"{{{RDF}}}li")]
+def _elements(parent: Node, namespace: str | None = None, name: str | None = None) -> Iterator[Element]:
+    """The child elements, all or those of one name."""
+    for child in parent.childNodes:
+        if isinstance(child, Element) and (
+            name is None or (child.namespaceURI, child.localName) == (namespace, name)
+        ):
+            yield child
 
 
-def _append(container: etree._Element, label: str) -> None:
-    item = etree.SubElement(container, f"{{{RDF}}}li")
-    item.text = label
-    previous = item.getprevious()
-    if previous is not None:  # keep the writer's indentation
-        item.tail, previous.tail = previous.tail, container.text
+def _text(element: Element) -> str:
+    return "".join(child.data for child in element.childNodes if isinstance(child, Text))
 
 
-def _remove(element: etree._Element) -> None:
-    previous, parent = element.getprevious(), element.getparent()
-    if previous is not None:
-        previous.tail = element.tail
-    parent.remove(element)
+def _values(container: Element | None) -> list[str]:
+    return [] if container is None else [_text(item) for item in _elements(container, RDF, "li")]
+
+
+def _document(element: Element) -> Document:
+    document = element.ownerDocument
+    assert document is not None
+    return document
+
+
+def _add(parent: Any, namespace: str, name: str, prefix: str) -> Element:
+    """A new last child, indented as the first one is; ``prefix`` is declared where the namespace has none here."""
+    known = _prefix(parent, namespace)
+    element = _document(parent).createElementNS(namespace, f"{known or prefix}:{name}")
+    if known is None:
+        element.setAttributeNS(XMLNS_NAMESPACE, f"xmlns:{prefix}", namespace)
+    siblings = list(_elements(parent))
+    if not siblings:
+        parent.appendChild(element)
+        return element
+    parent.insertBefore(element, siblings[-1].nextSibling)
+    if _is_blank(indentation := siblings[0].previousSibling):
+        parent.insertBefore(indentation.cloneNode(False), element)
+    return element
+
+
+def _prefix(element: Node, namespace: str) -> str | None:
+    """A prefix that means the namespace at an element, None if there is none."""
+    hidden: set[str] = set()
+    node: Node | None = element
+    while isinstance(node, Element):
+        for attribute, value in node.attributes.items():
+            if attribute.startswith("xmlns:"):
+                prefix = attribute.removeprefix("xmlns:")
+                if value == namespace and prefix not in hidden:
+                    return prefix
+                hidden.add(prefix)
+        node = node.parentNode
+    return None
+
+
+def _remove(element: Any) -> None:
+    """Take out an element with its indentation."""
+    parent = element.parentNode
+    if _is_blank(indentation := element.previousSibling):
+        parent.removeChild(indentation)
+    parent.removeChild(element)
+
+
+def _is_blank(node: Node | None) -> TypeGuard[Text]:
+    return isinstance(node, Text) and not node.data.strip()
 
 
 def _read(sidecar: Path) -> bytes | None:
@@ -163,12 +224,41 @@ def _read(sidecar: Path) -> bytes | None:
     return packet
 
 
-def _parse(packet: bytes, where: str) -> etree._Element:
-    parser = etree.XMLParser(resolve_entities=False, load_dtd=False, no_network=True, remove_blank_text=False)
+def _parse(packet: bytes, where: str) -> Document:
     try:
-        root = etree.fromstring(packet, parser)
-    except etree.XMLSyntaxError as error:
+        document: Document = minidom.parseString(packet, forbid_dtd=True)
+    except DefusedXmlException as error:
+        raise XmpError(
+            f"{where}: has a document type declaration, which no XMP sidecar needs; refused"
+        ) from error
+    except (ExpatError, ValueError, LookupError) as error:  # the latter two: an encoding that is unknown
         raise XmpError(f"{where}: not well-formed XML ({error}); move it away and run again") from error
-    if root.getroottree().docinfo.doctype:
-        raise XmpError(f"{where}: has a document type declaration, which no XMP sidecar needs; refused")
-    return root
+    return document
+
+
+def _serialise(document: Document, declared: bool, where: str) -> bytes:
+    try:
+        _protect(document)
+        parts = [node.toxml() for node in document.childNodes]
+    except RecursionError as error:
+        raise XmpError(
+            f"{where}: nested too deeply for an XMP sidecar; move it away and run again"
+        ) from error
+    text = "\n".join(['<?xml version="1.0" encoding="UTF-8"?>'] * declared + parts)
+    for placeholder, reference in REFERENCES.values():
+        text = text.replace(placeholder, reference)
+    return text.encode()
+
+
+def _protect(document: Document) -> None:
+    """Put placeholders where a character has to be written as a reference to survive."""
+    table = str.maketrans({character: placeholder for character, (placeholder, _) in REFERENCES.items()})
+    waiting: list[Node] = [document]
+    while waiting:
+        node = waiting.pop()
+        waiting.extend(node.childNodes)
+        if isinstance(node, Element):
+            for attribute in node.attributes.values():
+                attribute.value = attribute.value.translate(table)
+        elif type(node) is Text:  # no CDATA section
+            node.data = node.data.replace("\r", REFERENCES["\r"][0])

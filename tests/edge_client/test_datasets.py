@@ -81,6 +81,7 @@ def test_a_composed_name_finds_the_decomposed_file_of_macos(tmp_path):
         ("path,labels\n/etc/passwd,cat\n", "no path inside"),
         ("path,labels\nC:\\a.jpg,cat\n", "no path inside"),
         ("path,labels\n ,cat\n", "no path inside"),
+        ("path,labels\n.,cat\n", "line 2: '.' is no path inside"),
         ('path,labels\n"a.jpg,cat\n', "line 2: unexpected end"),
         ("path,labels\n" + "a" * 200_000 + ",cat\n", "field larger than field limit"),
     ],

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from lxml import etree
 
-from fedmpt.edge_client.xmp import EMPTY, XmpError, merge_tags, sidecar_path, write_tags
+from fedmpt.edge_client.xmp import EMPTY, MAXIMUM_BYTES, XmpError, merge_tags, sidecar_path, write_tags
 
 OTHERS = b"""<?xpacket begin="\xef\xbb\xbf" id="W5M0MpCehiHzreSzNTczkc9d"?>
 <!-- written by a photo tool -->
@@ -104,6 +104,31 @@ def test_leaves_everything_that_others_wrote() -> None:
     assert b'xmlns:unused="http://example.org/unused/"' in merged
 
 
+def test_keeps_characters_that_a_reader_would_normalise() -> None:
+    ours = OTHERS.replace(b'xmp:Rating="4"', b'xmp:Label="one&#10;two&#9;three&#13;&quot;&lt;"')
+    ours = ours.replace(b"Gr\xc3", b"a&#13;<![CDATA[<b>]]>Gr\xc3")
+    assert without_our_part(merge_tags(ours, ["bird"], "x"), {"bird"}) == without_our_part(ours, set())
+
+
+def test_finds_the_properties_whatever_their_prefixes() -> None:
+    renamed = OTHERS.replace(b"rdf:", b"r:").replace(b"xmlns:rdf", b"xmlns:r")
+    renamed = (
+        renamed.replace(b"dc:", b"rdf:").replace(b"xmlns:dc", b"xmlns:rdf").replace(b"rdf:RDF", b"r:RDF")
+    )
+    merged = merge_tags(renamed, ["bird"], "x")
+    assert values(merged, "dc:subject") == ["holiday", "cat", "bird"]
+    assert values(merged, "digiKam:TagsList") == ["bird"]
+    assert without_our_part(merged, {"bird"}) == without_our_part(renamed, set())
+
+
+def test_other_encodings_become_utf_8() -> None:
+    packet = b'<?xml version="1.0" encoding="ISO-8859-1"?>\n' + EMPTY.replace(b'about=""', b'about="\xfc"')
+    merged = merge_tags(packet, ["bird"], "x")
+    assert merged.startswith(b'<?xml version="1.0" encoding="UTF-8"?>')
+    assert 'about="ü"'.encode() in merged
+    assert values(merged, "dc:subject") == ["bird"]
+
+
 def test_tagging_again_with_the_same_labels_changes_no_byte(tmp_path: Path) -> None:
     sidecar = tmp_path / "photo.jpg.xmp"
     sidecar.write_bytes(OTHERS)
@@ -122,6 +147,10 @@ def test_a_later_run_takes_back_its_own_tags_and_no_one_elses() -> None:
 
 def test_taking_everything_back_leaves_the_original_content() -> None:
     emptied = merge_tags(merge_tags(OTHERS, ["bird", "cat"], "x"), [], "x")
+    assert (
+        emptied.split(b"rdf:about", 1)[1].split(b">", 1)[1]
+        == OTHERS.split(b"rdf:about", 1)[1].split(b">", 1)[1]
+    )
     assert without_our_part(emptied, set()) == without_our_part(OTHERS, set())
     assert b"TagsList" not in emptied
 
@@ -158,6 +187,9 @@ def test_sidecars_are_named_as_the_photo_tools_expect() -> None:
         (b"not XML", "not well-formed"),
         (b"<x:xmpmeta", "not well-formed"),
         (b"<html/>", "no rdf:RDF"),
+        (EMPTY.replace(b"</rdf:RDF>", b"<a>" * 9999 + b"</a>" * 9999 + b"</rdf:RDF>"), "nested too deeply"),
+        (b'<?xml version="1.0" encoding="no-such"?><r/>', "not well-formed"),
+        (b'<?xml version="1.0" encoding="UTF-8"?><r>\xff</r>', "not well-formed"),
         (b'<!DOCTYPE r [<!ENTITY a "aaaa">]><r>&a;</r>', "document type declaration"),
         (OTHERS.replace(b'xmp:Rating="4"', b'dc:subject="cat"'), "twice or as an attribute"),
         (OTHERS.replace(b"rdf:Bag>", b"rdf:Bag2>").replace(b"rdf:Bag2>", b"dc:Bag>"), "not a list of values"),
@@ -173,6 +205,14 @@ def test_a_sidecar_that_cannot_be_merged_is_refused_and_kept(
     assert str(sidecar) in str(caught.value)
     assert sidecar.read_bytes() == packet
     assert list(tmp_path.iterdir()) == [sidecar]
+
+
+def test_a_file_too_large_for_a_sidecar_is_refused_unread(tmp_path: Path) -> None:
+    sidecar = tmp_path / "photo.jpg.xmp"
+    with sidecar.open("wb") as file:
+        file.truncate(MAXIMUM_BYTES + 1)
+    with pytest.raises(XmpError, match="larger than 8388608 bytes; this is no XMP sidecar"):
+        write_tags(sidecar, ["cat"])
 
 
 def test_entities_are_not_fetched(tmp_path: Path) -> None:
