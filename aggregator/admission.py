@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from fedmpt.aggregator.privacy import l2_norm
-from fedmpt.protocol.codec import CodecError, Update, decode_update
+from fedmpt.protocol.codec import CodecError, Update, UpdateHeader, decode_update
 from fedmpt.protocol.manifest import TensorSpec
 from fedmpt.protocol.messages import Limits
+from fedmpt.protocol.screening import Screen
 
 # In the order in which they are made. The codec makes those from ``size`` to ``finite``.
 CHECKS = (
@@ -41,12 +43,17 @@ class AdmissionContext:
     limits: Limits
     metrics: bool
 
+    @cached_property
+    def screen(self) -> Screen:
+        """Sees quickly that an update can be decoded and is within the norm."""
+        return Screen(self.trainable, self.limits.update_bytes, self.limits.norm)
+
 
 @dataclass(frozen=True)
 class Admitted:
-    """An update that counts."""
+    """An update that counts, or what its header says where that was enough to see it."""
 
-    update: Update
+    update: Update | UpdateHeader
 
 
 @dataclass(frozen=True)
@@ -61,10 +68,14 @@ def admit(payload: bytes, client: str, context: AdmissionContext) -> Admitted | 
     """Check an update that arrived on ``client``'s topic of the open round."""
     if client not in context.chosen:
         return Refused("chosen", f"{client} is not among the {len(context.chosen)} clients of this round")
-    try:
-        update, _ = decode_update(payload, context.trainable, context.limits.update_bytes)
-    except CodecError as error:
-        return Refused(error.check, str(error))
+    norm = 0.0
+    update: Update | UpdateHeader | None = context.screen.header(payload)
+    if update is None:
+        try:
+            update, _ = decode_update(payload, context.trainable, context.limits.update_bytes)
+        except CodecError as error:
+            return Refused(error.check, str(error))
+        norm = l2_norm(update.difference)
     if (update.federation, update.round, update.client) != (context.federation, context.round, client):
         return Refused(
             "identity",
@@ -81,7 +92,6 @@ def admit(payload: bytes, client: str, context: AdmissionContext) -> Admitted | 
         return Refused("samples", f"at most {context.limits.samples} validation samples are accepted")
     if update.metrics and not context.metrics:
         return Refused("metrics", "this federation does not collect metrics; send none")
-    norm = l2_norm(update.difference)
     if norm > context.limits.norm:
         return Refused(
             "norm", f"its L2 norm is {norm:.6g}, but at most {context.limits.norm:.6g} is accepted"

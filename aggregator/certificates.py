@@ -20,6 +20,7 @@ from fedmpt.protocol.errors import FedmptError
 from fedmpt.protocol.files import atomic_path, write_atomically
 
 AUTHORITY_DAYS = 3650
+RESERVED = ("ca", "broker", "aggregator", "operator", "doctor")  # no client's names
 # Certificates start a little early, so that a site whose clock is slow can connect at once.
 CLOCK_TOLERANCE = datetime.timedelta(minutes=10)
 
@@ -146,7 +147,9 @@ persistent_client_expiration 14d
 # The default of 1,000 queued messages drops updates of large federations while the aggregator restarts.
 max_queued_messages 100000
 max_queued_bytes 0
-max_inflight_messages 100
+# Updates on their way to the aggregator, which asks for as many as it has room for: while it waits for its disk to
+# store some, others come in.
+max_inflight_messages 1000
 max_packet_size 67108864
 """
 
@@ -154,7 +157,9 @@ max_packet_size 67108864
 def mosquitto_acl(federation: str) -> str:
     """The text of the ACL file: a client writes its own update and presence and reads its own receipt.
 
-    ``aggregator`` runs the rounds; ``operator`` may read everything (``fedmpt status``) and write nothing.
+    ``aggregator`` runs the rounds; ``operator`` may read everything (``fedmpt status``) and write nothing;
+    ``doctor`` reads what every client reads and writes nothing: with it a site checks its connection without
+    displacing its own client, whose certificate is also its MQTT client id.
     """
     base = f"fedmpt/v1/{federation}"
     return f"""# Made by `fedmpt certs`; %u is the certificate's common name. See mosquitto.conf(5).
@@ -166,8 +171,15 @@ topic write {base}/state/+
 topic write {base}/receipt/+
 topic read {base}/#
 
+# The patterns below would let these two be clients.
 user operator
+topic deny {base}/update/+/operator
+topic deny {base}/presence/operator
 topic read {base}/#
+
+user doctor
+topic deny {base}/update/+/doctor
+topic deny {base}/presence/doctor
 
 pattern read {base}/manifest
 pattern read {base}/round

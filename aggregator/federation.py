@@ -41,6 +41,9 @@ from fedmpt.protocol.topics import Topics
 logger = logging.getLogger(__name__)
 
 MAXIMUM_CLIENTS = 100_000
+# Honest clients repeat an update now and then (a lost acknowledgement, a restart), so many times that many
+# stale or duplicate updates count like that many refusals.
+REPEATS_PER_REFUSAL = 10
 CALIBRATED = ("bias", "scale")
 
 
@@ -69,6 +72,7 @@ class Federation:
         self._store = store
         self._present: set[str] = set()
         self._refusals: dict[str, int] = {}
+        self._repeats: dict[str, int] = {}
         self._latest_metrics: dict[str, float] = {}
         store.bind(
             {
@@ -112,10 +116,10 @@ class Federation:
         try:
             message = from_json(Presence, payload, topic)
         except MessageError as error:
-            return self._refuse(client, number, payload, "format", str(error))
+            return self._refuse(client, number, _sha256(payload), "format", str(error))
         if (message.client, message.federation) != (client, self.settings.name):
             return self._refuse(
-                client, number, payload, "identity", f"{topic}: it speaks for {message.client}"
+                client, number, _sha256(payload), "identity", f"{topic}: it speaks for {message.client}"
             )
         if not message.online:
             self._present.discard(client)
@@ -123,7 +127,7 @@ class Federation:
             return self._refuse(
                 client,
                 number,
-                payload,
+                _sha256(payload),
                 "bundle",
                 f"its bundle is {message.bundle[:12]}…, but this federation's is {self.manifest.bundle[:12]}…; "
                 "copy the aggregator's bundle folder to the site",
@@ -132,9 +136,10 @@ class Federation:
             self._present.add(client)
         return None
 
-    def forget_presence(self) -> None:
-        """Forget who is online: after a new connection the retained presence messages come again."""
+    def reconnected(self) -> None:
+        """Forget who is online and who repeated: over a new connection the broker says it all again."""
         self._present.clear()
+        self._repeats.clear()
 
     def receive(self, number: int, client: str, payload: bytes) -> Receipt | None:
         """Take an update from the topic of (round ``number``, ``client``); None if the client is muted.
@@ -143,18 +148,18 @@ class Federation:
         """
         if self._muted(client):
             return None
+        sha256 = hashlib.sha256(payload)
+        update = sha256.hexdigest()
         if number != self.round.number or self.round.opened is None:
-            return self._receipt(
-                client, number, payload, "stale", "round", f"round {number} is not open; see the round topic"
+            return self._repeat(
+                client, number, update, "stale", "round", f"round {number} is not open; see the round topic"
             )
         if client in self._received:
-            return self._receipt(
-                client, number, payload, "duplicate", "", "this round has the client's update"
-            )
+            return self._repeat(client, number, update, "duplicate", "", "this round has the client's update")
         result = admit(payload, client, self._admission)
         if isinstance(result, Refused):
-            return self._refuse(client, number, payload, result.check, result.reason)
-        self._store.add_update(client, payload)
+            return self._refuse(client, number, update, result.check, result.reason)
+        self._store.add_update(client, payload, sha256.digest())
         self._received.add(client)
         logger.debug(
             "update accepted",
@@ -165,7 +170,7 @@ class Federation:
                 "samples": result.update.samples,
             },
         )
-        return self._receipt(client, number, payload, "accepted", "", "")
+        return self._receipt(client, number, update, "accepted", "", "")
 
     def commit(self) -> None:
         """Make everything received so far durable."""
@@ -183,7 +188,7 @@ class Federation:
                     "round renewed", extra={"round": self.round.number, "reason": "no update came"}
                 )
                 self.round = renewed_round(self.round, now)
-                self._refusals.clear()
+                self._forgive()
         if self.round.opened is None and not self.finished:
             opened = open_round(self.round, self.settings.rounds, self._present, now)
             if opened is not self.round:
@@ -328,19 +333,36 @@ class Federation:
             history["epsilon"] = epsilon(self.settings.privacy, len(self._store.history()) + 1)
         self._store.close_round(self.round, self._payload, self._memory, history)
         self._received.clear()
-        self._refusals.clear()
+        self._forgive()
         logger.info(
             "round closed",
             extra={key: value for key, value in history.items() if key not in ("bytes", "opened", "closed")},
         )
 
     def _muted(self, client: str) -> bool:
-        return self._refusals.get(client, 0) > self.settings.refusals
+        refusals, repeats = self._refusals.get(client, 0), self._repeats.get(client, 0)
+        return refusals > self.settings.refusals or repeats > REPEATS_PER_REFUSAL * self.settings.refusals
 
     def _muted_clients(self) -> set[str]:
-        return {client for client in self._refusals if self._muted(client)}
+        return {client for client in self._refusals.keys() | self._repeats.keys() if self._muted(client)}
 
-    def _refuse(self, client: str, number: int, payload: bytes, check: str, reason: str) -> Receipt | None:
+    def _forgive(self) -> None:
+        self._refusals.clear()
+        self._repeats.clear()
+
+    def _repeat(
+        self, client: str, number: int, update: str, status: str, check: str, reason: str
+    ) -> Receipt | None:
+        """Answer an update that changes nothing; a client that floods us with them is muted."""
+        if len(self._repeats) >= MAXIMUM_CLIENTS:
+            return None
+        self._repeats[client] = self._repeats.get(client, 0) + 1
+        if self._muted(client):
+            reason += f"; repeated {self._repeats[client]} times: muted until the round ends"
+            logger.warning("client muted", extra={"client": client, "round": number, "reason": reason})
+        return self._receipt(client, number, update, status, check, reason)
+
+    def _refuse(self, client: str, number: int, update: str, check: str, reason: str) -> Receipt | None:
         if self._muted(client) or len(self._refusals) >= MAXIMUM_CLIENTS:
             return None
         self._refusals[client] = self._refusals.get(client, 0) + 1
@@ -349,10 +371,13 @@ class Federation:
         logger.warning(
             "update refused", extra={"client": client, "round": number, "check": check, "reason": reason}
         )
-        return self._receipt(client, number, payload, "rejected", check, reason)
+        return self._receipt(client, number, update, "rejected", check, reason)
 
     def _receipt(
-        self, client: str, number: int, payload: bytes, status: str, check: str, reason: str
+        self, client: str, number: int, update: str, status: str, check: str, reason: str
     ) -> Receipt:
-        digest = hashlib.sha256(payload).hexdigest()
-        return Receipt(self.settings.name, client, number, digest, status, check, reason)
+        return Receipt(self.settings.name, client, number, update, status, check, reason)
+
+
+def _sha256(payload: bytes) -> str:
+    return hashlib.sha256(payload).hexdigest()

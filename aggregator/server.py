@@ -12,14 +12,16 @@ from dataclasses import replace
 from fedmpt.aggregator.federation import Federation, Outgoing
 from fedmpt.protocol.address import BrokerAddress
 from fedmpt.protocol.codec import MAXIMUM_METRICS, Update, encode_update
-from fedmpt.protocol.connection import Connection
+from fedmpt.protocol.connection import IN_FLIGHT, Connection
 from fedmpt.protocol.errors import FedmptError
-from fedmpt.protocol.events import Connected, Delivery, Disconnected, Event, Message, PublishRefused
+from fedmpt.protocol.events import Connected, Delivery, Disconnected, Message, PublishRefused
 from fedmpt.protocol.messages import Receipt, Status, to_json
 
 logger = logging.getLogger(__name__)
 
 BATCH = 500  # messages that share one commit at most
+WINDOW_BYTES = 32 << 20  # of updates that the broker may send ahead of our acknowledgements
+WINDOW_LEAST = 20
 TICK_SECONDS = 0.25
 STATUS_SECONDS = 1.0  # the status topic changes no faster
 HEARTBEAT_SECONDS = 15.0  # and no slower
@@ -28,8 +30,15 @@ FAREWELL_SECONDS = 30.0  # for the broker to take the last messages
 HASTY_FAREWELL_SECONDS = 2.0  # the same, when an error ends it
 
 
-def connect(address: BrokerAddress, federation: Federation, timeout: float | None = 15.0) -> Connection:
+def connect(
+    address: BrokerAddress,
+    federation: Federation,
+    timeout: float | None = 15.0,
+    stop: threading.Event | None = None,
+) -> Connection:
     """A connection as the federation's aggregator, with a last will on the status topic.
+
+    Where ``stop`` is set before the broker has accepted us, it is not connected.
 
     Raises:
         BrokerUnreachable: no broker there, or it does not accept us.
@@ -42,9 +51,10 @@ def connect(address: BrokerAddress, federation: Federation, timeout: float | Non
         subscriptions=(topics.all_presence, topics.all_updates, topics.round),
         will=(topics.status, to_json(federation.status(time.time(), online=False))),
         maximum_packet_size=max(1 << 20, 4 * limit),
+        receive_window=max(WINDOW_LEAST, min(IN_FLIGHT, WINDOW_BYTES // limit)),
     )
     try:
-        connection.connect(timeout)
+        connection.connect(timeout, stop)
         for message in federation.retained():
             connection.check_size(message.topic, len(message.payload))
         connection.check_size(topics.update(federation.round.number, "x" * 64), _update_size(federation))
@@ -118,7 +128,7 @@ class _Loop:
 
     def step(self) -> None:
         """Wait for messages, take a batch of them, commit, acknowledge, and let the rounds go on."""
-        events = self._batch()
+        events = self._connection.receive_many(BATCH, TICK_SECONDS)
         answered: list[tuple[Message, Receipt | None]] = []
         for event in events:
             if isinstance(event, Message):
@@ -126,16 +136,15 @@ class _Loop:
             elif isinstance(event, Connected):
                 logger.info("connected", extra={"mqtt": event.protocol})
                 self._judge_from = time.monotonic() + SETTLE_SECONDS
-                self._federation.forget_presence()
+                self._federation.reconnected()
                 self._said = 0.0
                 self._publish(self._federation.retained())
             elif isinstance(event, Disconnected):
                 logger.warning("disconnected", extra={"reason": event.reason})
                 self._judge_from = float("inf")
         self._federation.commit()
-        for message, _ in answered:
-            self._connection.acknowledge(message)
-        self._publish([self._outgoing(receipt) for _, receipt in answered if receipt is not None])
+        self._connection.acknowledge_all([message for message, _ in answered])
+        self._answer([receipt for _, receipt in answered if receipt is not None])
         if time.monotonic() >= self._judge_from:
             self._publish(self._federation.tick(time.time()))
         self._say_status()
@@ -150,14 +159,6 @@ class _Loop:
                 logger.warning("the broker did not take the last messages", extra={"topic": delivery.topic})
                 break
 
-    def _batch(self) -> list[Event]:
-        event = self._connection.receive(TICK_SECONDS)
-        events: list[Event] = []
-        while event is not None:
-            events.append(event)
-            event = self._connection.receive(0) if len(events) < BATCH else None
-        return events
-
     def _handle(self, message: Message) -> Receipt | None:
         topics = self._federation.topics
         if (client := topics.client_of_presence(message.topic)) is not None:
@@ -170,8 +171,15 @@ class _Loop:
         logger.warning("message ignored", extra={"topic": message.topic[:200]})
         return None
 
-    def _outgoing(self, receipt: Receipt) -> Outgoing:
-        return Outgoing(self._federation.topics.receipt(receipt.client), to_json(receipt), retain=False)
+    def _answer(self, receipts: list[Receipt]) -> None:
+        topics = self._federation.topics
+        try:
+            self._connection.publish_all(
+                [(topics.receipt(receipt.client), to_json(receipt)) for receipt in receipts]
+            )
+        except PublishRefused as error:
+            # The outbox is full. A client without its receipt sends its update again.
+            logger.warning("receipts dropped", extra={"reason": str(error)})
 
     def _publish(self, messages: list[Outgoing]) -> None:
         """Send messages, and keep an eye on the retained ones: raises PublishRefused if the broker's ACL does."""
@@ -180,8 +188,7 @@ class _Loop:
             try:
                 delivery = self._connection.publish(message.topic, message.payload, retain=message.retain)
             except PublishRefused as error:
-                # The outbox is full. A client without its receipt sends its update again, and retained topics
-                # are published again after every reconnection.
+                # The outbox is full; retained topics are published again after every reconnection.
                 logger.warning("message dropped", extra={"topic": message.topic, "reason": str(error)})
                 continue
             if message.retain:

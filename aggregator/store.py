@@ -1,6 +1,6 @@
-"""The aggregator's memory: one SQLite file (WAL) that a kill at any moment leaves consistent.
+"""The aggregator's memory: a SQLite file (WAL) and a log of updates that a kill at any moment leaves consistent.
 
-Updates are written as they come and become durable together at ``commit`` (one fsync for many: group commit);
+Updates are gathered as they come and become durable together at ``commit`` (one fsync for many: group commit);
 only then may they be acknowledged. Closing a round is one transaction. ``history.jsonl`` beside the database
 repeats the closed rounds for people and reports, one JSON object a line:
 
@@ -27,13 +27,13 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from fedmpt.aggregator.rounds import RoundState
+from fedmpt.aggregator.update_log import UpdateLog
 from fedmpt.protocol.errors import FedmptError
 from fedmpt.protocol.files import sync_path, write_atomically
 from fedmpt.protocol.manifest import canonical_json
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS fact (name TEXT PRIMARY KEY, value BLOB NOT NULL);
-CREATE TABLE IF NOT EXISTS pending (client TEXT PRIMARY KEY, payload BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS history (round INTEGER PRIMARY KEY, line BLOB NOT NULL);
 """
 
@@ -57,12 +57,12 @@ class Store:
                 isolation_level=None,
                 check_same_thread=False,
             )
-            self._database.execute("PRAGMA page_size = 32768")  # an update of 25 kB fits into one page
             self._database.execute("PRAGMA journal_mode = WAL")
             self._database.execute("PRAGMA synchronous = FULL")
-            # 32 MB (in pages), so that few commits wait for a checkpoint.
-            self._database.execute("PRAGMA wal_autocheckpoint = 1000")
             self._database.executescript(_TABLES)
+            opened = self._fact("round")
+            number = json.loads(opened)["number"] if opened else 0
+            self._updates = UpdateLog(None if folder is None else folder / "updates.log", number)
         if folder is not None:
             lines = [
                 bytes(row[0]) for row in self._database.execute("SELECT line FROM history ORDER BY round")
@@ -100,7 +100,6 @@ class Store:
 
     def save_round(self, state: RoundState) -> None:
         """Make a newly opened or renewed round durable."""
-        self.commit()
         self._put("round", canonical_json(vars(state)))
 
     def close_round(
@@ -114,7 +113,6 @@ class Store:
 
         The updates of the closed round are dropped. ``history`` is None for the very first state.
         """
-        self.commit()
         arrays = {name: np.array(tensor, dtype="<f8", order="C") for name, tensor in memory.items()}
         line = canonical_json(history) if history else b""
         with self._errors():
@@ -122,33 +120,37 @@ class Store:
             self._put("round", canonical_json(vars(state)))
             self._put("state", payload)
             self._put("memory", safetensors.numpy.save(arrays))
-            self._database.execute("DELETE FROM pending")
             if history:
                 self._database.execute("INSERT INTO history VALUES (?, ?)", (history["round"], line))
             self._database.execute("COMMIT")
+            # A kill before this leaves records of the closed round, which the next start cuts off.
+            self._updates.start_round(state.number)
             if history and self.folder is not None:
                 with (self.folder / "history.jsonl").open("ab") as file:
                     file.write(line + b"\n")
                 sync_path(self.folder / "history.jsonl")
 
-    def add_update(self, client: str, payload: bytes) -> None:
-        """Write an update of the open round; durable, and only then to be acknowledged, after ``commit``."""
-        if not self._database.in_transaction:
-            self._execute("BEGIN IMMEDIATE")
-        self._execute("INSERT INTO pending VALUES (?, ?)", (client, payload))
+    def add_update(self, client: str, payload: bytes, sha256: bytes) -> None:
+        """Take an update of the open round; durable, and only then to be acknowledged, after ``commit``.
+
+        ``sha256`` is its payload's digest, with which a restart tells a whole record from a damaged one.
+        """
+        self._updates.add(client, payload, sha256)
 
     def commit(self) -> None:
         """Make the updates that were added durable."""
-        if self._database.in_transaction:
-            self._execute("COMMIT")
+        with self._errors():
+            self._updates.commit()
 
     def clients(self) -> set[str]:
         """Who has an update in the open round."""
-        return {row[0] for row in self._database.execute("SELECT client FROM pending")}
+        return self._updates.clients()
 
     def updates(self) -> Iterator[tuple[str, bytes]]:
         """The open round's updates, (client, payload) in client-name order, one at a time."""
-        yield from self._database.execute("SELECT client, payload FROM pending ORDER BY client")
+        self.commit()
+        with self._errors():
+            yield from self._updates.updates()
 
     def history(self) -> list[dict[str, Any]]:
         """The closed rounds, oldest first."""
@@ -157,10 +159,13 @@ class Store:
 
     def close(self) -> None:
         """Commit and close."""
-        self.commit()
-        self._database.close()
-        if self._lock is not None:
-            os.close(self._lock)
+        try:
+            self.commit()
+        finally:
+            self._updates.close()
+            self._database.close()
+            if self._lock is not None:
+                os.close(self._lock)
 
     def __enter__(self) -> Store:
         return self

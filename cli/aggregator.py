@@ -7,7 +7,6 @@ import contextlib
 import json
 import logging
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from fedmpt.aggregator.store import Store
 from fedmpt.aggregator.strategies import STRATEGIES, StrategySettings
 from fedmpt.cli.logs import show_logs
 from fedmpt.cli.options import OptionsError, add_broker_options, allow_config, broker_address, resolve
+from fedmpt.cli.signals import stop_on
 from fedmpt.protocol.address import BrokerAddress
 from fedmpt.protocol.codec import load_state, save_state
 from fedmpt.protocol.manifest import BundleManifest, load_manifest, verify_bundle
@@ -188,6 +188,7 @@ def run(arguments: argparse.Namespace) -> int:
     initial = load_state(arguments.bundle / "state.safetensors", bundle.state)
     folder = arguments.store or Path(f"fedmpt-{settings.name}-store")
     with contextlib.ExitStack() as stack:
+        interrupted = stack.enter_context(stop_on(signal.SIGTERM, signal.SIGINT))
         store = stack.enter_context(Store(folder))
         federation = Federation(store, bundle, initial, settings)
         address = _broker(arguments, stack)
@@ -211,8 +212,7 @@ def run(arguments: argparse.Namespace) -> int:
                 "store": str(folder),
             },
         )
-        connection = stack.enter_context(connect(address, federation))
-        interrupted = stack.enter_context(_signals())
+        connection = stack.enter_context(connect(address, federation, stop=interrupted))
         show = stack.enter_context(_live_line(console)) if live else lambda status: None
 
         def on_status(status: Status) -> None:
@@ -220,7 +220,9 @@ def run(arguments: argparse.Namespace) -> int:
             show(status)
 
         linger = LINGER_SECONDS if arguments.embedded else 0.0
-        finished = serve(federation, connection, stop=interrupted, on_status=on_status, linger=linger)
+        finished = not interrupted.is_set() and serve(
+            federation, connection, stop=interrupted, on_status=on_status, linger=linger
+        )
         result = {
             "federation": settings.name,
             "finished": finished,
@@ -246,27 +248,6 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print(f"stopped in round {federation.round.number}; start it again with the same options to go on")
     return 130 if interrupted.is_set() and interrupted.number == signal.SIGINT else 0
-
-
-class _Stop(threading.Event):
-    number = 0
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[_Stop]:
-    """An event that SIGTERM and SIGINT set, so that the store is closed and the last status is said."""
-    stop = _Stop()
-
-    def handle(number: int, frame: object) -> None:
-        stop.number = number
-        stop.set()
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _settings(arguments: argparse.Namespace, bundle: BundleManifest) -> FederationSettings:

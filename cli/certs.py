@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 
 from fedmpt.aggregator.certificates import (
+    RESERVED,
+    CertificateError,
     issue_certificate,
     make_authority,
     mosquitto_acl,
@@ -18,10 +20,12 @@ from fedmpt.protocol.topics import check_name
 
 DESCRIPTION = """\
 Make a small certificate authority, one certificate each for the broker, the aggregator, an operator (who may
-only read) and every client, and the mosquitto configuration and ACL with which a client can write only its
-own topics. Run it again with more --client options to add clients: the authority is kept.
+only read) and every client, one with which all sites' `fedmpt doctor` connects (it reads what clients read), and
+the mosquitto configuration and ACL with which a client can write only its own topics. Run it again with more
+--client options to add clients: the authority is kept.
 
-Give each site ca.pem and its own .pem and .key, over a channel that you trust; keep ca.key to yourself."""
+Give each site ca.pem, doctor.pem, doctor.key and its own .pem and .key, over a channel that you trust; keep
+ca.key to yourself."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -50,11 +54,15 @@ def run(arguments: argparse.Namespace) -> int:
     check_name("federation", arguments.federation)
     for client in arguments.client:
         check_name("client", client)
+        if client in RESERVED:
+            raise CertificateError(
+                f"client name {client!r} is taken: {', '.join(RESERVED)} have certificates of their own; choose another"
+            )
     folder = arguments.out.resolve()
     now = datetime.datetime.now(datetime.timezone.utc)
     make_authority(folder, arguments.federation, now)
     written = []
-    for name in ["broker", "aggregator", "operator", *arguments.client]:
+    for name in ["broker", "aggregator", "operator", "doctor", *arguments.client]:
         if (folder / f"{name}.pem").exists():
             continue
         hosts = arguments.host if name == "broker" else ()

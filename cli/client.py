@@ -18,6 +18,7 @@ from typing import Any
 from fedmpt.cli.logs import show_logs
 from fedmpt.cli.options import OptionsError, add_broker_options, allow_config, broker_address, resolve
 from fedmpt.cli.progress import progress_bar
+from fedmpt.cli.signals import stop_on
 from fedmpt.edge_client.cache import FeatureCache, open_cache
 from fedmpt.edge_client.client import Limits, Site, run_client
 from fedmpt.edge_client.engine import ENGINES, open_engine
@@ -85,45 +86,44 @@ def run(arguments: argparse.Namespace) -> int:
         raise OptionsError("give the federation's broker with --broker")
     address = broker_address(arguments)
     show_logs()
-    check_name("federation", arguments.federation)
-    check_name("client", arguments.name)
-    if arguments.nice:
-        os.nice(arguments.nice)
-    manifest = load_manifest(arguments.bundle)
-    verify_bundle(arguments.bundle, manifest)
-    cache = open_cache(arguments.cache, manifest)
-    train, validation = cache.split(arguments.validation)
-    site = Site(
-        federation=arguments.federation,
-        client=arguments.name,
-        bundle=manifest,
-        engine=open_engine(arguments.bundle, arguments.engine, arguments.device, arguments.threads),
-        data=SiteData(cache.tokens, cache.labels, train, validation),
-        fingerprint=_fingerprint(cache, arguments.validation),
-        capabilities={
-            "version": version("fedmpt-edge"),
-            "engine": arguments.engine,
-            "device": arguments.device,
-        },
-    )
-    stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
-    with _Reporter(as_json=arguments.json) as reporter:
-        state = run_client(
-            site,
-            address,
-            arguments.state_dir or Path(f"fedmpt-{arguments.name}"),
-            limits=Limits(arguments.max_seconds_per_round, arguments.active),
-            stop=stop,
-            report=reporter.report,
-            progress=reporter.progress,
+    with stop_on(signal.SIGTERM) as stop:
+        check_name("federation", arguments.federation)
+        check_name("client", arguments.name)
+        if arguments.nice:
+            os.nice(arguments.nice)
+        manifest = load_manifest(arguments.bundle)
+        verify_bundle(arguments.bundle, manifest)
+        cache = open_cache(arguments.cache, manifest)
+        train, validation = cache.split(arguments.validation)
+        site = Site(
+            federation=arguments.federation,
+            client=arguments.name,
+            bundle=manifest,
+            engine=open_engine(arguments.bundle, arguments.engine, arguments.device, arguments.threads),
+            data=SiteData(cache.tokens, cache.labels, train, validation),
+            fingerprint=_fingerprint(cache, arguments.validation),
+            capabilities={
+                "version": version("fedmpt-edge"),
+                "engine": arguments.engine,
+                "device": arguments.device,
+            },
         )
-        if state is None:
-            reporter.report("stopped", {})
-        elif arguments.out:
-            provenance = {"federation": arguments.federation, "method": manifest.method}
-            save_state(arguments.out, state, provenance)
-            reporter.report("saved", {"state": str(arguments.out)})
+        with _Reporter(as_json=arguments.json) as reporter:
+            state = run_client(
+                site,
+                address,
+                arguments.state_dir or Path(f"fedmpt-{arguments.name}"),
+                limits=Limits(arguments.max_seconds_per_round, arguments.active),
+                stop=stop,
+                report=reporter.report,
+                progress=reporter.progress,
+            )
+            if state is None:
+                reporter.report("stopped", {})
+            elif arguments.out:
+                provenance = {"federation": arguments.federation, "method": manifest.method}
+                save_state(arguments.out, state, provenance)
+                reporter.report("saved", {"state": str(arguments.out)})
     return 0
 
 

@@ -103,7 +103,7 @@ def encode_state(state: Mapping[str, NDArray[Any]], provenance: Mapping[str, str
     """
     for name, tensor in state.items():
         _require_finite(name, tensor)
-    return _save(state, "float32", StateHeader(dict(provenance or {})))
+    return _save(state, "float32", _text(StateHeader(dict(provenance or {}))))
 
 
 def decode_state(data: bytes, specs: Mapping[str, TensorSpec], where: str = "state") -> State:
@@ -141,8 +141,8 @@ def encode_update(update: Update, encoding: str) -> bytes:
         encoding,
         scales,
     )
-    _check_update_header(header, header.scales.keys(), "update")
-    return _save(stored, encoding, header)
+    check_update_header(header, header.scales.keys(), "update")
+    return _save(stored, encoding, _text(header))
 
 
 def decode_update(
@@ -154,7 +154,7 @@ def decode_update(
         CodecError: more than ``limit`` bytes, malformed, or a name, shape, dtype, scale or value is refused.
     """
     header = _read_header(UpdateHeader, data, limit, where)
-    _check_update_header(header, specs.keys(), where)
+    check_update_header(header, specs.keys(), where)
     difference = _read_tensors(data, specs, header.encoding, header.scales, where)
     update = Update(
         header.federation,
@@ -167,6 +167,19 @@ def decode_update(
         difference,
     )
     return update, header.encoding
+
+
+def update_container(specs: Mapping[str, TensorSpec], encoding: str) -> tuple[bytes, bytes, int]:
+    """How ``encode_update`` lays out an update with these tensors.
+
+    The container's text before and after its header (a quoted JSON string), without padding, and the bytes of
+    the tensors that follow.
+    """
+    zeros = {name: np.zeros(_shape(spec)) for name, spec in specs.items()}
+    payload = _save(zeros, encoding, "header")
+    start = 8 + int.from_bytes(payload[:8], "little")
+    before, after = payload[8:start].rstrip(b" ").split(b'"header"', 1)
+    return before, after, len(payload) - start
 
 
 def save_state(
@@ -209,12 +222,15 @@ def _scaled(exact: NDArray[np.float64], encoding: str) -> tuple[NDArray[np.float
     return exact / scale, scale
 
 
-def _save(tensors: Mapping[str, NDArray[Any]], encoding: str, header: Any) -> bytes:
+def _save(tensors: Mapping[str, NDArray[Any]], encoding: str, header: str) -> bytes:
     _, dtype = _STORED[encoding]
     # safetensors 0.8 writes garbage for arrays that are not C-contiguous: always hand it a fresh copy.
     arrays = {name: _stored_array(tensors[name], dtype) for name in sorted(tensors)}
-    text = canonical_json(vars(header)).decode()
-    return safetensors.numpy.save(arrays, {"fedmpt": text})
+    return safetensors.numpy.save(arrays, {"fedmpt": header})
+
+
+def _text(header: UpdateHeader | StateHeader) -> str:
+    return canonical_json(vars(header)).decode()
 
 
 def _stored_array(tensor: NDArray[Any], dtype: str) -> NDArray[Any]:
@@ -255,7 +271,7 @@ def _parse_header(kind: type[Any], data: bytes, where: str) -> Any:
         raise CodecError("format", str(error)) from None
 
 
-def _check_update_header(header: UpdateHeader, names: Collection[str], where: str) -> None:
+def check_update_header(header: UpdateHeader, names: Collection[str], where: str) -> None:
     try:
         check_name("federation", header.federation)
         check_name("client", header.client)

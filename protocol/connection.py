@@ -2,20 +2,20 @@
 
 MQTT 5 with a session that outlives disconnections, or 3.1.1 where the broker has no 5. Everything is QoS 1 and
 acknowledged by hand, so that a message counts as received only once its receiver says so. Reconnection waits a
-random time ("full jitter"), so that a thousand sites do not return at once.
+random time ("full jitter"), so that a thousand sites do not return at once. paho connects, subscribes and keeps
+alive; messages and their acknowledgements go past it (see ``wire.py``).
 """
 
 from __future__ import annotations
 
 import logging
-import queue
 import random
 import re
 import ssl
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections import deque
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -39,6 +39,8 @@ from fedmpt.protocol.events import (
     PublishRefused,
     SubscribeRefused,
 )
+from fedmpt.protocol.outbox import Outbox
+from fedmpt.protocol.wire import Puback, Publish, Taken, Wire, encode_pubacks
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,7 @@ IMPATIENT_PAUSE_SECONDS = 2.0
 # not), or connections end within seconds of being accepted. The weaker sign must show more often.
 TAKEOVERS, BRIEF_CONNECTIONS, BRIEF_SECONDS = 3, 8, 5.0
 _UNSUPPORTED_VERSION, _TAKEN_OVER = 132, 142
+_FAILURE = 128  # reasons from here on
 _HEADER_BYTES = 32  # more than MQTT adds to topic and payload
 
 
@@ -84,13 +87,12 @@ class Connection:
         self._persistent = persistent
         self._receive_window = receive_window
         self._own_maximum = maximum_packet_size
-        self._send_window = self._allowed_window = IN_FLIGHT
-        self._events: queue.Queue[Event | FedmptError] = queue.Queue(2 * receive_window)
-        self._lock = threading.Lock()  # generation, deliveries; never held while paho takes a lock of its own
+        self._events: deque[Event | FedmptError] = deque()
+        self._events_changed = threading.Condition()
+        self._lock = threading.Lock()  # generation, outbox; never held while paho takes a lock of its own
         self._generation = 0
+        self._outbox = Outbox()
         self._delivered = threading.Condition()
-        self._deliveries: dict[int, Delivery] = {}
-        self._early: dict[int, str] = {}
         self._accepted = threading.Event()
         self._settled = threading.Event()
         self._refusal: ReasonCode | None = None
@@ -103,14 +105,17 @@ class Connection:
         self._tls = address.tls_context()
         self._client = self._new_client()
 
-    def connect(self, timeout: float | None = 15.0) -> None:
+    def connect(self, timeout: float | None = 15.0, stop: threading.Event | None = None) -> bool:
         """Connect and wait until the broker accepts us; keep trying for ``timeout`` seconds (None: for ever).
+
+        False where ``stop`` was set first (from a signal handler, say).
 
         Raises:
             BrokerUnreachable: with the last failure as its reason.
         """
         end = None if timeout is None else time.monotonic() + timeout
-        while True:
+        stop = stop or threading.Event()
+        while not stop.is_set():
             version = self.protocol
             try:
                 problem = self._try_once()
@@ -122,7 +127,7 @@ class Connection:
             except OSError as error:
                 problem = str(error)
             if not problem:
-                return
+                return True
             logger.debug("connecting to %s: %s", self.address.url, problem)
             # The other version is tried at once; whoever waits only so long must not sleep half of it away.
             pause = 0.0 if self.protocol != version else self._next_pause()
@@ -133,7 +138,8 @@ class Connection:
                         f"broker {self.address.url}: {problem}; check that it runs and that host, port, TLS "
                         "and firewall are right"
                     )
-            time.sleep(pause)
+            stop.wait(pause)
+        return False
 
     def receive(self, timeout: float | None = None) -> Event | None:
         """The next event, or None when none came within ``timeout`` seconds (None: wait for ever).
@@ -141,13 +147,26 @@ class Connection:
         Raises:
             IdentityTaken, SubscribeRefused: the connection has been given up.
         """
-        try:
-            event = self._events.get(timeout=timeout) if timeout != 0 else self._events.get_nowait()
-        except queue.Empty:
-            return None
-        if isinstance(event, FedmptError):
-            raise event
-        return event
+        events = self.receive_many(1, timeout)
+        return events[0] if events else None
+
+    def receive_many(self, most: int, timeout: float | None = None) -> list[Event]:
+        """Up to ``most`` events that are there, waiting for the first like ``receive``."""
+        taken: list[Event] = []
+        with self._events_changed:
+            self._events_changed.wait_for(lambda: self._events, timeout)
+            crowded = len(self._events) > self._receive_window
+            while self._events and len(taken) < most:
+                event = self._events[0]
+                if isinstance(event, FedmptError):
+                    if taken:
+                        break
+                    raise event
+                taken.append(event)
+                self._events.popleft()
+            if crowded:
+                self._events_changed.notify_all()
+        return taken
 
     def acknowledge(self, message: Message) -> None:
         """Tell the broker that ``message`` need not come again.
@@ -155,9 +174,17 @@ class Connection:
         A message of an earlier connection is not acknowledged: the broker sends it again, and its number may
         belong to another message by now.
         """
+        self.acknowledge_all([message])
+
+    def acknowledge_all(self, messages: Iterable[Message]) -> None:
+        """Acknowledge many at once."""
         with self._lock:
-            if message.generation == self._generation:
-                self._client.ack(message.packet, message.qos)
+            current = [
+                message.packet
+                for message in messages
+                if message.qos and message.generation == self._generation
+            ]
+            self._write(encode_pubacks(current))
 
     def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> Delivery:
         """Send at least once; while the connection is down, the message is kept until it is back.
@@ -168,15 +195,22 @@ class Connection:
         """
         self.check_size(topic, len(payload))
         delivery = Delivery(topic, self._delivered)
-        info = self._client.publish(topic, payload, qos=1, retain=retain)
-        if info.rc == MQTTErrorCode.MQTT_ERR_QUEUE_SIZE:
-            raise PublishRefused(f"{topic}: {OUTBOX} messages wait for the broker already; is it overloaded?")
         with self._lock:
-            if info.mid in self._early:
-                delivery.finish(self._early.pop(info.mid))
-            else:
-                self._deliveries[info.mid] = delivery
+            self._require_room(topic)
+            self._write(self._outbox.add(topic, payload, retain, delivery))
         return delivery
+
+    def publish_all(self, messages: Iterable[tuple[str, bytes]]) -> None:
+        """Send many (topic, payload), not retained, whose fate nobody waits for; else like ``publish``."""
+        with self._lock:
+            parts = []
+            try:
+                for topic, payload in messages:
+                    self.check_size(topic, len(payload))
+                    self._require_room(topic)
+                    parts.append(self._outbox.add(topic, payload, False, None))
+            finally:
+                self._write(b"".join(parts))
 
     def check_size(self, topic: str, payload_bytes: int) -> None:
         """Raise PayloadTooLarge if the broker would not take such a message; names both sizes."""
@@ -201,17 +235,25 @@ class Connection:
     ) -> None:
         self.close()
 
-    def _new_client(self) -> mqtt.Client:
+    def _require_room(self, topic: str) -> None:
+        if len(self._outbox) >= OUTBOX:
+            raise PublishRefused(f"{topic}: {OUTBOX} messages wait for the broker already; is it overloaded?")
+
+    def _write(self, packets: bytes) -> None:
+        wire = self._client.wire
+        if packets and wire is not None:
+            wire.write(packets)
+
+    def _new_client(self) -> _Client:
         five = self.protocol == MQTTProtocolVersion.MQTTv5
-        client = mqtt.Client(
+        client = _Client(
+            five,
+            self._take,
             CallbackAPIVersion.VERSION2,
             self.client_id,
             clean_session=None if five else not self._persistent,
             protocol=self.protocol,
-            manual_ack=True,
         )
-        client.max_inflight_messages_set(self._send_window)
-        client.max_queued_messages_set(OUTBOX)
         if self.address.username:
             client.username_pw_set(self.address.username, self.address.password)
         if self._tls:
@@ -221,8 +263,6 @@ class Connection:
         client.on_connect = self._on_connect
         client.on_connect_fail = lambda client, data: self._pause(client)
         client.on_disconnect = self._on_disconnect
-        client.on_message = self._on_message
-        client.on_publish = self._on_publish
         client.on_subscribe = self._on_subscribe
         return client
 
@@ -242,17 +282,10 @@ class Connection:
         self._client.connect(self.address.host, self.address.port, KEEPALIVE_SECONDS, **options)
         self._client.loop_start()
         self._settled.wait(self._patience)
-        if self._accepted.is_set() and self._send_window <= self._allowed_window:
+        if self._accepted.is_set():
             return ""
         self._client.disconnect()
         self._client.loop_stop()
-        if self._accepted.is_set():
-            # The broker allows fewer messages in flight than we began with, and paho's window is fixed while it
-            # is connected: come back with the allowed one.
-            self._send_window = self._allowed_window
-            self._events = queue.Queue(2 * self._receive_window)
-            self._client = self._new_client()
-            return self._try_once()
         refusal = self._refusal
         if refusal is not None and refusal.value != _UNSUPPORTED_VERSION:
             raise BrokerUnreachable(
@@ -287,33 +320,37 @@ class Connection:
         self._attempt = 0
         self._accepted_at = time.monotonic()
         self.maximum_packet_size = getattr(properties, "MaximumPacketSize", None)
-        self._allowed_window = getattr(properties, "ReceiveMaximum", 65535)
         if self._subscriptions:
             client.subscribe(self._subscriptions)
+            client.loop_write()  # before what we publish ourselves, which may be for us
         self._accepted.set()
         self._settled.set()
-        self._put(Connected("5" if self.protocol == MQTTProtocolVersion.MQTTv5 else "3.1.1"))
+        five = self.protocol == MQTTProtocolVersion.MQTTv5
+        self._put([Connected("5" if five else "3.1.1")])
+        window = min(IN_FLIGHT, getattr(properties, "ReceiveMaximum", IN_FLIGHT))
+        with self._lock:
+            self._write(self._outbox.connected(window, five))
 
     def _on_disconnect(
         self, client: mqtt.Client, data: Any, flags: Any, reason: ReasonCode, properties: Properties | None
     ) -> None:
         with self._lock:
             self._generation += 1
+            self._outbox.disconnected()
         self._settled.set()
         if self._closed or not self._accepted.is_set():
             return
         self._pause(client)
         if self._second_client(reason):
-            self._put(
-                IdentityTaken(
-                    f"broker {self.address.url} keeps closing the connection of {self.client_id!r}: another client "
-                    "seems to run under this name; stop it, or give each its own name"
-                )
+            text = (
+                f"broker {self.address.url} keeps closing the connection of {self.client_id!r}: another client "
+                "seems to run under this name; stop it, or give each its own name"
             )
+            self._put([IdentityTaken(text)])
             self._closed = True
             client.disconnect()
             return
-        self._put(Disconnected(str(reason)))
+        self._put([Disconnected(str(reason))])
 
     def _second_client(self, reason: ReasonCode) -> bool:
         now = time.monotonic()
@@ -329,49 +366,72 @@ class Connection:
         seconds: Any = self._next_pause()  # paho says int, and works with float
         client.reconnect_delay_set(seconds, seconds)
 
-    def _on_message(self, client: mqtt.Client, data: Any, message: mqtt.MQTTMessage) -> None:
-        try:
-            topic = message.topic
-        except UnicodeDecodeError:
-            topic = ""
-        # amqtt greets a client with retained messages of other clients' subscriptions.
-        if not self._wanted.fullmatch(topic):
-            client.ack(message.mid, message.qos)
-            return
-        self._put(
-            Message(topic, bytes(message.payload), message.retain, message.mid, message.qos, self._generation)
-        )
-
-    def _on_publish(
-        self, client: mqtt.Client, data: Any, packet: int, reason: ReasonCode, properties: Properties
-    ) -> None:
-        refusal = str(reason) if reason.is_failure else ""
+    def _take(self, published: list[Publish], acknowledged: list[Puback]) -> None:
+        messages: list[Event | FedmptError] = []
+        unwanted = []
+        for topic, payload, retained, packet, qos in published:
+            name = topic.decode(errors="replace")
+            # amqtt greets a client with retained messages of other clients' subscriptions.
+            if self._wanted.fullmatch(name):
+                messages.append(Message(name, payload, retained, packet, qos, self._generation))
+            elif qos:
+                unwanted.append(packet)
+        parts = [encode_pubacks(unwanted)]
+        finished = []
         with self._lock:
-            delivery = self._deliveries.pop(packet, None)
-            if delivery is None:
-                self._early[packet] = refusal
-        if delivery is not None:
-            delivery.finish(refusal)
+            for packet, reason in acknowledged:
+                delivery, more = self._outbox.acknowledged(packet)
+                parts.append(more)
+                if delivery is not None:
+                    finished.append((delivery, reason))
+            self._write(b"".join(parts))
+        for delivery, reason in finished:
+            refusal = str(ReasonCode(PacketTypes.PUBACK, identifier=reason)) if reason >= _FAILURE else ""
             if refusal:
                 logger.warning("%s: the broker refused it: %s", delivery.topic, refusal)
+            delivery.finish(refusal)
+        if messages:
+            self._put(messages)
 
     def _on_subscribe(
         self, client: mqtt.Client, data: Any, packet: int, reasons: list[ReasonCode], properties: Any
     ) -> None:
         for (topic, _), reason in zip(self._subscriptions, reasons, strict=True):
             if reason.is_failure:
-                self._put(
-                    SubscribeRefused(
-                        f"broker {self.address.url} refused the subscription to {topic} ({reason}); check its ACL"
-                    )
+                text = (
+                    f"broker {self.address.url} refused the subscription to {topic} ({reason}); check its ACL"
                 )
+                self._put([SubscribeRefused(text)])
 
-    def _put(self, event: Event | FedmptError) -> None:
-        """Hand an event to the receiver; a full queue blocks, and TCP then slows the broker down."""
-        while not self._closed:
-            with suppress(queue.Full):
-                self._events.put(event, timeout=1)
-                return
+    def _put(self, events: Sequence[Event | FedmptError]) -> None:
+        """Hand events to the receiver; too many that wait block, and TCP then slows the broker down."""
+        with self._events_changed:
+            while len(self._events) > self._receive_window and not self._closed:
+                self._events_changed.wait(1)
+            self._events.extend(events)
+            self._events_changed.notify_all()
+
+
+class _Client(mqtt.Client):
+    """paho's client with a ``Wire`` for its socket."""
+
+    def __init__(self, five: bool, taken: Taken, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.wire: Wire | None = None
+        self._five = five
+        self._taken = taken
+
+    def _create_socket(self) -> Any:
+        self.wire = Wire(super()._create_socket(), self._five, self._taken)
+        return self.wire
+
+    def want_write(self) -> bool:
+        return super().want_write() or (self.wire is not None and self.wire.unsent)
+
+    def loop_write(self) -> MQTTErrorCode:
+        if self.wire is not None:
+            self.wire.flush()
+        return super().loop_write()
 
 
 def _pattern(subscription: str) -> str:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
-import socket
-import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -139,58 +136,7 @@ def make_update(
     return encode_update(update, encoding)
 
 
-def free_port() -> int:
-    """A TCP port on loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-class Mosquitto:
-    """A mosquitto of one's own on loopback, to be killed and started again."""
-
-    def __init__(self, folder: Path, extra: str = "") -> None:
-        self.port = free_port()
-        self.configuration = folder / "mosquitto.conf"
-        self.configuration.write_text(
-            f"listener {self.port} 127.0.0.1\nallow_anonymous true\nuser {_user()}\n{extra}\n"
-        )
-        self.process: subprocess.Popen[bytes] | None = None
-        self.start()
-
-    @property
-    def url(self) -> str:
-        return f"mqtt://127.0.0.1:{self.port}"
-
-    def start(self) -> None:
-        self.process = subprocess.Popen(
-            ["mosquitto", "-c", str(self.configuration)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        for _ in range(100):
-            try:
-                socket.create_connection(("127.0.0.1", self.port), 1).close()
-                return
-            except OSError:
-                time.sleep(0.05)
-        raise RuntimeError("mosquitto did not start")
-
-    def kill(self) -> None:
-        assert self.process
-        self.process.kill()
-        self.process.wait()
-
-
-def _user() -> str:
-    import getpass
-
-    return getpass.getuser()
-
-
 @pytest.fixture
-def mosquitto(tmp_path: Path) -> Iterator[Mosquitto]:
-    """A running mosquitto without persistence; skipped where the program is not installed."""
-    if shutil.which("mosquitto") is None:
-        pytest.skip("mosquitto is not installed (apt install mosquitto)")
-    broker = Mosquitto(tmp_path)
-    yield broker
-    broker.kill()
+def mosquitto(start_mosquitto: Callable[..., Any]) -> Any:
+    """A real broker without persistence."""
+    return start_mosquitto(persistent=False)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import datetime
-import shutil
+import json
 import socket
 import ssl
 import subprocess
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import paho.mqtt.client as paho
@@ -24,23 +26,17 @@ from fedmpt.aggregator.certificates import (
     mosquitto_configuration,
 )
 from fedmpt.cli import main
+from fedmpt.protocol.messages import Status, to_json
 
-MOSQUITTO = shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin")
 NOW = datetime.datetime.now(datetime.timezone.utc)
 BASE = "fedmpt/v1/farm"
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
-def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int]]:
+def broker(
+    tmp_path_factory: pytest.TempPathFactory, mosquitto_program: str, free_port: Callable[[], int]
+) -> Iterator[tuple[Path, int]]:
     """A mosquitto started with the files of ``fedmpt certs``: (their folder, its port)."""
-    if MOSQUITTO is None:
-        pytest.skip("mosquitto is not installed")
     folder = tmp_path_factory.mktemp("certs")
     port = free_port()
     arguments = f"certs --out {folder} --federation farm --host localhost --host 127.0.0.1 --port {port}"
@@ -49,7 +45,7 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int
     # As root, mosquitto changes to an account that cannot read the test's private folder.
     configuration.write_text(configuration.read_text() + "user root\n")
     process = subprocess.Popen(
-        [MOSQUITTO, "-c", str(configuration)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [mosquitto_program, "-c", str(configuration)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
         for _ in range(100):
@@ -90,9 +86,9 @@ def close(client: paho.Client) -> None:
     client.loop_stop()
 
 
-def delivered(broker: tuple[Path, int], sender: str, topic: str) -> bool:
-    """Whether a message that ``sender`` publishes reaches the operator, who may read everything."""
-    reader, writer = connect(broker, "operator"), connect(broker, sender)
+def listen(broker: tuple[Path, int], name: str) -> tuple[paho.Client, list[str]]:
+    """A connection that is subscribed to everything, and the topics of what it gets."""
+    reader = connect(broker, name)
     got: list[str] = []
     subscribed: list[object] = []
     reader.on_subscribe = lambda *event: subscribed.append(event)
@@ -100,6 +96,12 @@ def delivered(broker: tuple[Path, int], sender: str, topic: str) -> bool:
     reader.subscribe(f"{BASE}/#", qos=1)
     while not subscribed:
         time.sleep(0.01)
+    return reader, got
+
+
+def delivered(broker: tuple[Path, int], sender: str, topic: str) -> bool:
+    """Whether a message that ``sender`` publishes reaches the operator, who may read everything."""
+    (reader, got), writer = listen(broker, "operator"), connect(broker, sender)
     writer.publish(topic, b"x", qos=1)
     # A permitted message behind it: when it is there, the first was delivered or never will be.
     permitted = f"{BASE}/manifest" if sender == "aggregator" else f"{BASE}/presence/{sender}"
@@ -146,6 +148,62 @@ def test_a_client_cannot_read_anothers_receipt_or_update(broker: tuple[Path, int
     assert set(got) - {f"{BASE}/manifest", f"{BASE}/round"} == {f"{BASE}/receipt/south"}
     for client in (reader, writer, other):
         close(client)
+
+
+@pytest.mark.parametrize("name", ["operator", "doctor"])
+def test_who_only_reads_cannot_pose_as_a_client(broker: tuple[Path, int], name: str) -> None:
+    (reader, got), writer = listen(broker, "aggregator"), connect(broker, name)
+    answers = {}
+    writer.on_publish = lambda c, u, packet, reason, properties: answers.update({packet: str(reason)})
+    for topic in (f"presence/{name}", f"update/1/{name}", "presence/north", "status", "round"):
+        writer.publish(f"{BASE}/{topic}", b"x", qos=1).wait_for_publish(3)
+    assert list(answers.values()) == ["Not authorized"] * 5
+    close(writer)
+    close(reader)
+    assert f"{BASE}/presence/{name}" not in got
+
+
+def test_a_doctors_visit_does_not_displace_the_sites_client(
+    broker: tuple[Path, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, port = broker
+    client, aggregator = connect(broker, "north"), connect(broker, "aggregator")
+    left: list[object] = []
+    client.on_disconnect = lambda *event: left.append(event)
+    status = Status("farm", True, 3, 10, "train", 1, 1, 0, 0, 0, None, "", {}, time.time())
+    done = threading.Event()
+
+    def speak() -> None:
+        while not done.wait(0.2):
+            aggregator.publish(f"{BASE}/status", to_json(replace(status, time=time.time())), qos=1)
+
+    speaker = threading.Thread(target=speak)
+    speaker.start()
+    options = f"--broker mqtts://127.0.0.1:{port} --ca {folder}/ca.pem --cert {folder}/north.pem"
+    options += f" --key {folder}/north.key --federation farm"
+    try:
+        assert main(["doctor", "--json", *options.split()]) == 0
+    finally:
+        done.set()
+        speaker.join()
+    checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
+    wanted = ("our certificate", "broker", "aggregator", "clock")
+    assert [checks[name]["status"] for name in wanted] == ["ok"] * 4, checks
+    assert not left
+    assert client.is_connected()
+    close(client)
+    close(aggregator)
+
+
+def test_a_certificate_that_the_broker_refuses_fails_the_doctors_check(
+    broker: tuple[Path, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, port = broker
+    issue_certificate(folder, "stale", NOW - datetime.timedelta(days=30), days=20)
+    options = f"--broker mqtts://127.0.0.1:{port} --ca {folder}/ca.pem --cert {folder}/stale.pem"
+    assert main(["doctor", "--json", *options.split(), "--key", f"{folder}/stale.key"]) == 1
+    checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
+    assert (checks["our certificate"]["status"], checks["broker"]["status"]) == ("failed", "ok")
 
 
 def test_nobody_takes_over_a_session_by_its_client_id(broker: tuple[Path, int]) -> None:
@@ -206,6 +264,16 @@ def test_half_an_authority_is_refused(tmp_path: Path) -> None:
     (tmp_path / "ca.key").unlink()
     with pytest.raises(CertificateError, match=r"only one of ca\.pem and ca\.key"):
         make_authority(tmp_path, "farm", NOW)
+
+
+@pytest.mark.parametrize("name", ["aggregator", "doctor"])
+def test_a_clients_name_that_others_have_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    arguments = ["certs", "--out", str(tmp_path), "--federation", "farm", "--host", "localhost"]
+    assert main([*arguments, "--client", name]) == 1
+    assert f"client name '{name}' is taken" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_name_that_could_leave_its_topic_is_refused(

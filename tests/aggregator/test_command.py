@@ -29,15 +29,8 @@ SECONDS = 60.0
 
 
 @pytest.fixture
-def port() -> int:
+def port(free_port: Callable[[], int]) -> int:
     return free_port()
-
-
-def free_port() -> int:
-    """A TCP port on loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Aggregator:
@@ -145,7 +138,11 @@ def fedmpt(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_a_kill_in_every_round_changes_no_bit_of_the_result(
-    bundle_folder: Path, bundle: BundleManifest, make_update: Callable[..., bytes], tmp_path: Path
+    bundle_folder: Path,
+    bundle: BundleManifest,
+    make_update: Callable[..., bytes],
+    tmp_path: Path,
+    free_port: Callable[[], int],
 ) -> None:
     results = []
     for disturbed in (False, True):
@@ -226,6 +223,25 @@ def test_sigterm_ends_cleanly_and_says_how_to_go_on(aggregator: Aggregator) -> N
     aggregator.process.send_signal(signal.SIGTERM)
     output, _ = aggregator.process.communicate(timeout=SECONDS)
     assert aggregator.process.returncode == 0
+    assert json.loads(output)["finished"] is False
+
+
+def test_sigterm_while_no_broker_answers_ends_cleanly(bundle_folder: Path, tmp_path: Path, port: int) -> None:
+    log = tmp_path / "log"
+    arguments = ["aggregator", "--bundle", bundle_folder, "--federation", "birds", "--json", "--log", "json"]
+    arguments += ["--store", tmp_path / "store", "--broker", f"mqtt://127.0.0.1:{port}"]
+    with (
+        log.open("wb") as errors,
+        subprocess.Popen(
+            [*FEDMPT, *map(str, arguments)], stdout=subprocess.PIPE, stderr=errors, text=True
+        ) as process,
+    ):
+        end = time.monotonic() + SECONDS
+        while "federation" not in log.read_text() and time.monotonic() < end:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=10)
+    assert process.returncode == 0, log.read_text()
     assert json.loads(output)["finished"] is False
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -76,14 +75,17 @@ class Site:
 @pytest.fixture
 def begin(
     bundle: BundleManifest, state: State, make_update: MakeUpdate, make_settings: MakeSettings, tmp_path: Path
-) -> Callable[..., Site]:
-    numbers = itertools.count()
+) -> Iterator[Callable[..., Site]]:
+    sites: list[Site] = []
 
     def make(durable: bool = False, **changes: object) -> Site:
-        folder = tmp_path / f"store-{next(numbers)}" if durable else None
-        return Site(bundle, state, make_update, make_settings(**changes), folder)
+        folder = tmp_path / f"store-{len(sites)}" if durable else None
+        sites.append(Site(bundle, state, make_update, make_settings(**changes), folder))
+        return sites[-1]
 
-    return make
+    yield make
+    for site in sites:
+        site.store.close()
 
 
 def opened(begin: Callable[..., Site], **changes: object) -> Site:
@@ -166,6 +168,35 @@ def test_a_client_over_the_limit_of_refusals_is_muted_for_the_round(begin: Calla
     site.federation.tick(1.0)
     assert site.federation.round.number == 1, "nobody waits for a muted client"
     assert site.send("b").status == "accepted"
+
+
+@pytest.mark.parametrize("kind", ["duplicate", "stale"])
+def test_a_flood_of_repetitions_mutes_its_sender_for_the_round(begin: Callable[..., Site], kind: str) -> None:
+    site = opened(begin, refusals=3)
+    number = {"duplicate": 0, "stale": 7}[kind]
+    payload = site.update("b")
+    if kind == "duplicate":
+        site.send("b")
+    receipts = [site.federation.receive(number, "b", payload) for _ in range(40)]
+    assert [receipt.status for receipt in receipts[:31]] == [kind] * 31
+    assert "repeated 31 times: muted until the round ends" in receipts[30].reason
+    assert receipts[31:] == [None] * 9
+    assert site.federation.status(0.0).muted == 1
+    site.send("a")
+    site.federation.tick(1.0)
+    assert site.federation.round.number == 1, "its update counts if it came before the flood; nobody waits"
+    assert site.send("b").status == "accepted"
+
+
+def test_what_the_broker_repeats_after_a_reconnection_mutes_nobody(begin: Callable[..., Site]) -> None:
+    site = opened(begin, refusals=1)
+    payload = site.update("b")
+    site.send("b")
+    for _ in range(20):
+        site.federation.reconnected()
+        site.join("a", "b")
+        assert [site.federation.receive(0, "b", payload).status for _ in range(3)] == ["duplicate"] * 3
+    assert site.federation.status(0.0).muted == 0
 
 
 def test_a_client_of_another_bundle_is_told_so_and_not_chosen(begin: Callable[..., Site]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -11,12 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from fedmpt.aggregator.rounds import RoundState
 from fedmpt.aggregator.store import Store, StoreError
 
 WAITING = RoundState(1, "train", None, None, ())
 OPEN = RoundState(1, "train", 10.0, 70.0, ("a", "b"))
+
+
+def add(store: Store, client: str, payload: bytes) -> None:
+    store.add_update(client, payload, hashlib.sha256(payload).digest())
 
 
 def test_a_new_store_holds_nothing(tmp_path: Path) -> None:
@@ -31,8 +38,8 @@ def test_all_comes_back_after_a_restart(tmp_path: Path) -> None:
     with Store(tmp_path) as store:
         store.close_round(WAITING, b"state", memory, {"round": 0, "received": 2})
         store.save_round(OPEN)
-        store.add_update("b", b"of b")
-        store.add_update("a", b"of a")
+        add(store, "b", b"of b")
+        add(store, "a", b"of a")
     with Store(tmp_path) as store:
         loaded = store.load()
         assert loaded is not None
@@ -48,7 +55,7 @@ def test_all_comes_back_after_a_restart(tmp_path: Path) -> None:
 def test_closing_a_round_drops_its_updates(tmp_path: Path) -> None:
     with Store(tmp_path) as store:
         store.close_round(WAITING, b"state", {}, None)
-        store.add_update("a", b"of a")
+        add(store, "a", b"of a")
         store.close_round(RoundState(2, "train", None, None, ()), b"next", {}, {"round": 1})
         assert store.clients() == set()
 
@@ -72,13 +79,62 @@ def test_history_lost_in_a_kill_is_written_again(tmp_path: Path) -> None:
 def test_what_was_committed_survives_sigkill_and_what_was_not_does_not(tmp_path: Path) -> None:
     script = (
         "import os, signal, sys; from pathlib import Path; from fedmpt.aggregator.store import Store; "
-        "store = Store(Path(sys.argv[1])); store.add_update('a', b'1'); store.add_update('b', b'2'); "
-        "store.commit(); store.add_update('c', b'3'); os.kill(os.getpid(), signal.SIGKILL)"
+        "from hashlib import sha256; store = Store(Path(sys.argv[1])); "
+        "add = lambda name: store.add_update(name, name.encode(), sha256(name.encode()).digest()); "
+        "add('a'); add('b'); store.commit(); add('c'); os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False)
     assert done.returncode == -signal.SIGKILL
     with Store(tmp_path) as store:
         assert store.clients() == {"a", "b"}
+
+
+def filled(folder: Path) -> Path:
+    """A store's log with the updates of a, b and c."""
+    with Store(folder) as store:
+        store.close_round(WAITING, b"state", {}, None)
+        for name in "abc":
+            add(store, name, name.encode() * 100)
+    return folder / "updates.log"
+
+
+@pytest.mark.parametrize("kept", range(0, 450, 7))
+def test_a_record_that_was_cut_off_is_dropped_and_the_others_stay(tmp_path: Path, kept: int) -> None:
+    log = filled(tmp_path)
+    size = log.stat().st_size
+    os.truncate(log, kept)
+    with Store(tmp_path) as store:
+        whole = "abc"[: kept // (size // 3)]
+        assert [client for client, _ in store.updates()] == list(whole)
+        add(store, "d", b"of d")
+    with Store(tmp_path) as store:
+        assert dict(store.updates()) == {name: name.encode() * 100 for name in whole} | {"d": b"of d"}
+
+
+@given(st.integers(0, 10_000), st.integers(1, 255))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_damaged_record_never_counts(tmp_path: Path, place: int, flip: int) -> None:
+    log = filled(tmp_path)
+    data = bytearray(log.read_bytes())
+    place %= len(data)
+    data[place] ^= flip
+    log.write_bytes(data)
+    with Store(tmp_path) as store:
+        found = dict(store.updates())
+    assert list(found) == list("abc"[: place // (len(data) // 3)])
+    assert all(payload == name.encode() * 100 for name, payload in found.items())
+
+
+def test_a_kill_between_closing_a_round_and_dropping_its_updates_counts_none_twice(tmp_path: Path) -> None:
+    before = filled(tmp_path).read_bytes()
+    with Store(tmp_path) as store:
+        store.close_round(RoundState(2, "train", None, None, ()), b"next", {}, {"round": 1})
+    (tmp_path / "updates.log").write_bytes(before)
+    with Store(tmp_path) as store:
+        assert store.clients() == set()
+        add(store, "a", b"of round 2")
+    with Store(tmp_path) as store:
+        assert list(store.updates()) == [("a", b"of round 2")]
 
 
 def test_a_second_aggregator_is_kept_out(tmp_path: Path) -> None:
@@ -108,24 +164,27 @@ def test_a_full_disk_is_a_clear_error(tmp_path: Path) -> None:
         pytest.skip("this machine does not let tests mount a small file system")
     try:
         store = Store(tmp_path)
-        store.add_update("a", b"x" * 1000)
+        add(store, "a", b"x" * 1000)
         store.commit()
         with pytest.raises(StoreError, match="check free disk space"):
             fill(store)
-        store.close()
+        with pytest.raises(StoreError, match="check free disk space"):
+            store.close()
+        with Store(tmp_path) as store:
+            assert "a" in store.clients(), "what was committed is still there"
     finally:
         subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
 def fill(store: Store) -> None:
     for number in range(100):
-        store.add_update(f"site-{number}", b"x" * 50_000)
+        add(store, f"site-{number}", b"x" * 50_000)
         store.commit()
 
 
 def test_a_store_in_memory_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with Store(None) as store:
-        store.add_update("a", b"1")
+        add(store, "a", b"1")
         store.close_round(WAITING, b"state", {}, {"round": 0})
     assert list(tmp_path.iterdir()) == []

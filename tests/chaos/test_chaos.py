@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +10,10 @@ from pathlib import Path
 import pytest
 
 RUN = Path(__file__).with_name("run.py")
-MOSQUITTO = shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(MOSQUITTO is None, reason="mosquitto is not installed")
+@pytest.mark.usefixtures("mosquitto_program")
 def test_kills_and_disturbed_messages_do_not_change_one_bit() -> None:
     options = ["--rounds", "8", "--clients", "3", "--kills", "4", "--pause", "0.7"]
     done = subprocess.run([sys.executable, RUN, *options], capture_output=True, text=True, timeout=280)

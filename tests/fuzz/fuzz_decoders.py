@@ -7,6 +7,7 @@ exception may leave a decoder; anything else stops the run with the input that d
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import tempfile
@@ -18,13 +19,15 @@ import numpy as np
 
 with atheris.instrument_imports(include=["fedmpt"]):
     from fedmpt.edge_client import datasets, labels
-    from fedmpt.protocol import codec, manifest, messages
+    from fedmpt.protocol import codec, manifest, messages, screening, wire
 
 from fedmpt.protocol.errors import FedmptError
 from fedmpt.protocol.manifest import TensorSpec
 
 SPECS = {"bias": TensorSpec("float32", ()), "class_context": TensorSpec("float32", (2, 3))}
-SCRATCH = Path(tempfile.mkdtemp(prefix="fedmpt-fuzz-"))
+# In memory where that is possible: some decoders read files, and a disk would take most of the time.
+MEMORY = Path("/dev/shm")
+SCRATCH = Path(tempfile.mkdtemp(prefix="fedmpt-fuzz-", dir=MEMORY if MEMORY.is_dir() else None))
 KINDS = (messages.Manifest, messages.Round, messages.Receipt, messages.Presence, messages.Status)
 
 
@@ -40,6 +43,36 @@ def fuzz_update_header(data: bytes) -> None:
     """The mutated bytes are the JSON header of an otherwise sound container, so that deeper checks are reached."""
     container = json.dumps({"__metadata__": {"fedmpt": data.decode("utf-8", "replace")}}).encode()
     codec.decode_update(len(container).to_bytes(8, "little") + container, SPECS, 1 << 16)
+
+
+def fuzz_screen(data: bytes) -> None:
+    """What the quick look takes must be decoded without an error, for nobody looks again before the round closes."""
+    if SCREEN.header(data) is None:
+        return
+    try:
+        codec.decode_update(data, SPECS, 1 << 16)
+    except FedmptError as error:
+        raise AssertionError("taken, and cannot be decoded") from error
+
+
+def fuzz_wire(data: bytes) -> None:
+    """A broker's bytes in blocks of 7; a malformed stream ends the connection with OSError."""
+    blocks = [data[place : place + 7] for place in range(0, len(data), 7)]
+    reader = wire.Wire(_Blocks(blocks), True, lambda published, acknowledged: None)
+    with contextlib.suppress(OSError):
+        while blocks or reader.pending():
+            with contextlib.suppress(BlockingIOError):
+                reader.recv(3)
+
+
+class _Blocks:
+    def __init__(self, blocks: list[bytes]) -> None:
+        self._blocks = blocks
+
+    def recv(self, size: int) -> bytes:
+        if not self._blocks:
+            raise BlockingIOError
+        return self._blocks.pop(0)
 
 
 def fuzz_messages(data: bytes) -> None:
@@ -69,11 +102,14 @@ def fuzz_voc(data: bytes) -> None:
     datasets.read_voc(SCRATCH, LABELS)
 
 
+SCREEN = screening.Screen(SPECS, 1 << 16, 100.0)
 LABELS = labels.LabelRules(("cat", "chair"))
 DECODERS: dict[str, Callable[[bytes], None]] = {
     "state": fuzz_state,
     "update": fuzz_update,
     "update-header": fuzz_update_header,
+    "screen": fuzz_screen,
+    "wire": fuzz_wire,
     "messages": fuzz_messages,
     "manifest": fuzz_manifest,
     "labels-csv": fuzz_labels_csv,
@@ -101,6 +137,11 @@ def sound_inputs(name: str) -> list[bytes]:
         "state": [codec.encode_state(state)],
         "update": updates,
         "update-header": [header.encode()],
+        "screen": updates,
+        "wire": [
+            b"\x20\x03\x00\x00\x00" + wire.encode_pubacks([3]) + b"\xd0\x00",
+            wire.encode_publish(b"fedmpt/a", b"x" * 40, 1, retain=True, duplicate=False, five=True),
+        ],
         "messages": [bytes([KINDS.index(messages.Presence)]) + messages.to_json(presence)],
         "manifest": [b'{"format": "fedmpt-bundle", "version": 1, "method": "coop", "labels": ["cat"]}'],
         "labels-csv": [b"path,labels,unknown\na.jpg,cat;chair,\nb.jpg,,cat\n"],

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedmpt.aggregator.broker import EmbeddedBroker, EmbeddedBrokerError
-from fedmpt.protocol.address import BrokerAddress
+from fedmpt.protocol.address import BrokerAddress, parse_broker
 from fedmpt.protocol.connection import Connection
 from fedmpt.protocol.events import (
     BrokerUnreachable,
@@ -27,41 +27,16 @@ from fedmpt.protocol.events import (
 SECONDS = 20.0
 
 
-class Mosquitto:
-    """A mosquitto of one's own with persistence and an ACL, to be killed and started again."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.address = BrokerAddress("127.0.0.1", probe.getsockname()[1])
-        (folder / "acl").write_text("topic readwrite open/#\ntopic read closed/#\n")
-        self._configuration = folder / "mosquitto.conf"
-        self._configuration.write_text(
-            f"listener {self.address.port} 127.0.0.1\nallow_anonymous true\nacl_file {folder / 'acl'}\n"
-            f"persistence true\npersistence_location {folder}/\nautosave_on_changes true\n"
-            "autosave_interval 1\nmax_packet_size 50000\nuser root\n"
-        )
-        self.start()
-
-    def start(self) -> None:
-        self._process = subprocess.Popen(
-            ["mosquitto", "-c", str(self._configuration)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
+@pytest.fixture
+def mosquitto(start_mosquitto: Callable[..., Any], tmp_path: Path) -> Any:
+    """A broker with an ACL and a limit on packets."""
+    (tmp_path / "acl").write_text("topic readwrite open/#\ntopic read closed/#\n")
+    return start_mosquitto(f"acl_file {tmp_path / 'acl'}\nmax_packet_size 50000")
 
 
 @pytest.fixture
-def mosquitto(tmp_path: Path) -> Iterator[Mosquitto]:
-    if shutil.which("mosquitto") is None:
-        pytest.skip("mosquitto is not installed (apt install mosquitto)")
-    broker = Mosquitto(tmp_path)
-    yield broker
-    broker.kill()
+def address(mosquitto: Any) -> BrokerAddress:
+    return parse_broker(mosquitto.url)
 
 
 @pytest.fixture
@@ -95,8 +70,8 @@ def receive_both(one: Connection, two: Connection) -> None:
         two.receive(0.05)
 
 
-def test_mosquitto_is_spoken_to_in_mqtt_5(mosquitto: Mosquitto) -> None:
-    with Connection(mosquitto.address, "one") as connection:
+def test_mosquitto_is_spoken_to_in_mqtt_5(address: BrokerAddress) -> None:
+    with Connection(address, "one") as connection:
         connection.connect()
         assert connection.receive(SECONDS) == Connected("5")
 
@@ -120,9 +95,9 @@ def test_only_what_was_subscribed_to_is_received(embedded: EmbeddedBroker) -> No
         assert next_message(two, 1.0) is None
 
 
-def test_a_publication_reaches_the_other_and_completes(mosquitto: Mosquitto) -> None:
-    one = Connection(mosquitto.address, "one", subscriptions=["open/+"])
-    two = Connection(mosquitto.address, "two")
+def test_a_publication_reaches_the_other_and_completes(address: BrokerAddress) -> None:
+    one = Connection(address, "one", subscriptions=["open/+"])
+    two = Connection(address, "two")
     with one, two:
         one.connect()
         two.connect()
@@ -132,14 +107,14 @@ def test_a_publication_reaches_the_other_and_completes(mosquitto: Mosquitto) -> 
         assert (message.topic, message.payload, message.retained) == ("open/a", b"hello", False)
 
 
-def test_a_message_comes_again_until_it_is_acknowledged(mosquitto: Mosquitto) -> None:
-    one = Connection(mosquitto.address, "one", subscriptions=["open/+"])
+def test_a_message_comes_again_until_it_is_acknowledged(address: BrokerAddress) -> None:
+    one = Connection(address, "one", subscriptions=["open/+"])
     one.connect()
     one.publish("open/a", b"hello").wait(SECONDS)
     assert next_message(one) is not None
     one.close()
 
-    again = Connection(mosquitto.address, "one", subscriptions=["open/+"])
+    again = Connection(address, "one", subscriptions=["open/+"])
     again.connect()
     message = next_message(again)
     assert message is not None
@@ -148,14 +123,14 @@ def test_a_message_comes_again_until_it_is_acknowledged(mosquitto: Mosquitto) ->
     assert next_message(again) is not None
     again.close()
 
-    with Connection(mosquitto.address, "one", subscriptions=["open/+"]) as last:
+    with Connection(address, "one", subscriptions=["open/+"]) as last:
         last.connect()
         repeated = next_message(last, 1.0)
         assert repeated is None or repeated.topic == "open/b"
 
 
-def test_a_session_survives_a_killed_broker(mosquitto: Mosquitto) -> None:
-    with Connection(mosquitto.address, "one", subscriptions=["open/+"]) as one:
+def test_a_session_survives_a_killed_broker(mosquitto: Any, address: BrokerAddress) -> None:
+    with Connection(address, "one", subscriptions=["open/+"]) as one:
         one.connect()
         wait_for(one, Connected)
         mosquitto.kill()
@@ -170,8 +145,10 @@ def test_a_session_survives_a_killed_broker(mosquitto: Mosquitto) -> None:
         assert message.payload == b"said while the broker was down"
 
 
-def test_an_acknowledgement_never_hits_a_message_of_a_later_connection(mosquitto: Mosquitto) -> None:
-    with Connection(mosquitto.address, "one", subscriptions=["open/+"]) as one:
+def test_an_acknowledgement_never_hits_a_message_of_a_later_connection(
+    mosquitto: Any, address: BrokerAddress
+) -> None:
+    with Connection(address, "one", subscriptions=["open/+"]) as one:
         one.connect()
         one.publish("open/a", b"first").wait(SECONDS)
         first = next_message(one)
@@ -185,15 +162,15 @@ def test_an_acknowledgement_never_hits_a_message_of_a_later_connection(mosquitto
         assert second is not None
         assert first.packet == second.packet, "the broker counts from 1 again: the case that matters"
         one.acknowledge(first)
-    with Connection(mosquitto.address, "one", subscriptions=["open/+"]) as again:
+    with Connection(address, "one", subscriptions=["open/+"]) as again:
         again.connect()
         repeated = next_message(again)
         assert repeated is not None
         assert repeated.payload == b"second"
 
 
-def test_a_payload_beyond_the_brokers_limit_is_refused_with_both_sizes(mosquitto: Mosquitto) -> None:
-    with Connection(mosquitto.address, "one") as connection:
+def test_a_payload_beyond_the_brokers_limit_is_refused_with_both_sizes(address: BrokerAddress) -> None:
+    with Connection(address, "one") as connection:
         connection.connect()
         with pytest.raises(
             PayloadTooLarge, match=r"a message of 600.. bytes, but the broker takes at most 50000"
@@ -201,16 +178,16 @@ def test_a_payload_beyond_the_brokers_limit_is_refused_with_both_sizes(mosquitto
             connection.publish("open/a", b"x" * 60_000)
 
 
-def test_a_publication_that_the_acl_forbids_is_reported(mosquitto: Mosquitto) -> None:
-    with Connection(mosquitto.address, "one") as connection:
+def test_a_publication_that_the_acl_forbids_is_reported(address: BrokerAddress) -> None:
+    with Connection(address, "one") as connection:
         connection.connect()
         with pytest.raises(PublishRefused, match=r"closed/a: the broker refused it .*ACL"):
             connection.publish("closed/a", b"hello").wait(SECONDS)
 
 
-def test_the_window_is_what_the_broker_allows(mosquitto: Mosquitto) -> None:
+def test_the_window_is_what_the_broker_allows(address: BrokerAddress) -> None:
     # mosquitto allows 20 messages in flight by default; a burst beyond that still arrives, in order.
-    with Connection(mosquitto.address, "one", subscriptions=["open/+"]) as connection:
+    with Connection(address, "one", subscriptions=["open/+"]) as connection:
         connection.connect()
         deliveries = [connection.publish("open/a", str(number).encode()) for number in range(300)]
         for number in range(300):
@@ -221,11 +198,11 @@ def test_the_window_is_what_the_broker_allows(mosquitto: Mosquitto) -> None:
         assert all(delivery.wait(SECONDS) for delivery in deliveries)
 
 
-def test_the_last_will_is_published_retained_when_a_client_is_killed(mosquitto: Mosquitto) -> None:
+def test_the_last_will_is_published_retained_when_a_client_is_killed(address: BrokerAddress) -> None:
     script = (
         "import time; from fedmpt.protocol.address import BrokerAddress; "
         "from fedmpt.protocol.connection import Connection; "
-        f"c = Connection(BrokerAddress('127.0.0.1', {mosquitto.address.port}), 'mortal', "
+        f"c = Connection(BrokerAddress('127.0.0.1', {address.port}), 'mortal', "
         "will=('open/will', b'gone')); c.connect(); print('up', flush=True); time.sleep(60)"
     )
     import sys
@@ -234,25 +211,23 @@ def test_the_last_will_is_published_retained_when_a_client_is_killed(mosquitto: 
         assert process.stdout is not None
         assert process.stdout.readline() == b"up\n"
         process.kill()
-    with Connection(mosquitto.address, "one", subscriptions=["open/will"]) as connection:
+    with Connection(address, "one", subscriptions=["open/will"]) as connection:
         connection.connect()
         message = next_message(connection)
         assert message is not None
         assert message.payload == b"gone"
 
 
-def test_two_clients_with_one_id_end_with_a_clear_error(mosquitto: Mosquitto) -> None:
-    with Connection(mosquitto.address, "twin") as one, Connection(mosquitto.address, "twin") as two:
+def test_two_clients_with_one_id_end_with_a_clear_error(address: BrokerAddress) -> None:
+    with Connection(address, "twin") as one, Connection(address, "twin") as two:
         one.connect()
         two.connect()
         with pytest.raises(IdentityTaken, match="another client seems to run under this name"):
             receive_both(one, two)
 
 
-def test_an_unreachable_broker_is_named_with_its_reason() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = BrokerAddress("127.0.0.1", probe.getsockname()[1])
+def test_an_unreachable_broker_is_named_with_its_reason(free_port: Callable[[], int]) -> None:
+    address = BrokerAddress("127.0.0.1", free_port())
     refusal = pytest.raises(BrokerUnreachable, match=r"mqtt://127.0.0.1:\d+: .*refused; check that it runs")
     with Connection(address, "one") as connection, refusal:
         connection.connect(timeout=0.5)

@@ -1,0 +1,132 @@
+"""The updates of the open round: one append-only file, a record an update, one write and one fsync a commit.
+
+An update is a blob that is written once, read once and dropped with its round. Appending it costs a fraction of
+what a database takes to keep it in pages (written to its log, then copied into its file). A record is its
+head, the client's name, the CRC-32 of both, and the payload:
+
+``magic``, ``round``, payload bytes, name bytes, SHA-256 of the payload.
+
+On opening, records are read up to the first that is damaged or of another round. Everything from there on was
+never committed, or belongs to a round that has closed, and is cut off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from fedmpt.protocol.files import sync_path
+
+logger = logging.getLogger(__name__)
+
+_MAGIC = b"FMU1"
+_HEAD = struct.Struct("<4sIIB32s")
+_CHECK = struct.Struct("<I")
+
+
+class UpdateLog:
+    """The log at ``path``, continued from what ``round_number`` has in it; ``path`` None keeps it in memory.
+
+    Raises OSError wherever the file cannot be read or written.
+    """
+
+    def __init__(self, path: Path | None, round_number: int) -> None:
+        self._durable = path is not None
+        self._round = round_number
+        self._places: dict[str, tuple[int, int]] = {}  # client → (offset, bytes) of the payload
+        self._waiting: list[bytes] = []
+        self._end = 0
+        if path is None:
+            self._file: BinaryIO = io.BytesIO()
+            return
+        if not path.exists():
+            path.touch()
+            sync_path(path.parent)
+        # Unbuffered: a commit is one write, and what is read back is read once.
+        self._file = path.open("r+b", buffering=0)
+        self._recover(path)
+
+    def add(self, client: str, payload: bytes, sha256: bytes) -> None:
+        """Take an update with the digest of its payload; durable after ``commit``."""
+        name = client.encode()
+        head = _HEAD.pack(_MAGIC, self._round, len(payload), len(name), sha256) + name
+        head += _CHECK.pack(zlib.crc32(head))
+        self._waiting += (head, payload)
+        self._places[client] = (self._end + len(head), len(payload))
+        self._end += len(head) + len(payload)
+
+    def commit(self) -> None:
+        """Make all updates that were added durable."""
+        if not self._waiting:
+            return
+        data = memoryview(b"".join(self._waiting))
+        self._file.seek(self._end - len(data))
+        while data:
+            data = data[self._file.write(data) :]
+        if self._durable:
+            os.fdatasync(self._file.fileno())
+        self._waiting.clear()
+
+    def clients(self) -> set[str]:
+        """Whose updates it has."""
+        return set(self._places)
+
+    def updates(self) -> Iterator[tuple[str, bytes]]:
+        """(client, payload) of what is committed, in client-name order, one at a time."""
+        for client in sorted(self._places):
+            offset, size = self._places[client]
+            yield client, self._read(offset, size)
+
+    def start_round(self, round_number: int) -> None:
+        """Drop everything: from now on, records are those of ``round_number``."""
+        self._file.truncate(0)
+        self._round, self._end = round_number, 0
+        self._places.clear()
+        self._waiting.clear()
+
+    def close(self) -> None:
+        """Close the file; what is not committed is lost."""
+        self._file.close()
+
+    def _recover(self, path: Path) -> None:
+        size = os.fstat(self._file.fileno()).st_size
+        while (record := self._record_at(self._end)) is not None:
+            client, offset, length = record
+            self._places[client] = (offset, length)
+            self._end = offset + length
+        if size > self._end:
+            logger.info("updates cut off", extra={"file": str(path), "bytes": size - self._end})
+            self._file.truncate(self._end)
+
+    def _record_at(self, start: int) -> tuple[str, int, int] | None:
+        """(client, payload's offset, its bytes) of a sound record of the open round; None where there is none."""
+        head = self._read(start, _HEAD.size)
+        if len(head) < _HEAD.size:
+            return None
+        magic, number, length, name_length, sha256 = _HEAD.unpack(head)
+        if magic != _MAGIC or number != self._round:
+            return None
+        rest = self._read(start + _HEAD.size, name_length + _CHECK.size)
+        name, check = rest[:name_length], rest[name_length:]
+        if len(check) < _CHECK.size or _CHECK.unpack(check)[0] != zlib.crc32(head + name):
+            return None
+        offset = start + _HEAD.size + len(rest)
+        payload = self._read(offset, length)
+        if len(payload) < length or hashlib.sha256(payload).digest() != sha256:
+            return None
+        return name.decode(), offset, length
+
+    def _read(self, offset: int, size: int) -> bytes:
+        self._file.seek(offset)
+        parts = []
+        while size > 0 and (part := self._file.read(size)):
+            parts.append(part)
+            size -= len(part)
+        return b"".join(parts)

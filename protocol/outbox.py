@@ -1,0 +1,78 @@
+"""What we publish until the broker has it: QoS 1 with a window, kept over reconnections."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from fedmpt.protocol.events import Delivery
+from fedmpt.protocol.wire import encode_publish
+
+_LAST_PACKET = 65535
+
+
+@dataclass(frozen=True)
+class _Publication:
+    topic: bytes
+    payload: bytes
+    retain: bool
+    delivery: Delivery | None
+
+
+class Outbox:
+    """Publications in order; each call returns the bytes that are to be sent now. Not for several threads."""
+
+    def __init__(self) -> None:
+        self._window = 0  # nothing is sent while there is no connection
+        self._five = True
+        self._waiting: deque[_Publication] = deque()
+        self._sent: dict[int, _Publication] = {}
+        self._last = 0
+
+    def __len__(self) -> int:
+        return len(self._waiting) + len(self._sent)
+
+    def add(self, topic: str, payload: bytes, retain: bool, delivery: Delivery | None) -> bytes:
+        """Take a publication."""
+        self._waiting.append(_Publication(topic.encode(), payload, retain, delivery))
+        return self._send_waiting()
+
+    def acknowledged(self, packet: int) -> tuple[Delivery | None, bytes]:
+        """The broker has answered; whose delivery that is."""
+        publication = self._sent.pop(packet, None)
+        return (publication.delivery if publication else None), self._send_waiting()
+
+    def connected(self, window: int, five: bool) -> bytes:
+        """Connected (again): what was sent and not acknowledged goes first, in its old order."""
+        self._window, self._five = window, five
+        again = list(self._sent.items())
+        # A broker that now allows fewer in flight gets the rest later.
+        for packet, publication in reversed(again[window:]):
+            del self._sent[packet]
+            self._waiting.appendleft(publication)
+        parts = [self._encode(packet, sent, duplicate=True) for packet, sent in again[:window]]
+        return b"".join([*parts, self._send_waiting()])
+
+    def disconnected(self) -> None:
+        """Keep everything until the next connection."""
+        self._window = 0
+
+    def _send_waiting(self) -> bytes:
+        parts = []
+        while self._waiting and len(self._sent) < self._window:
+            self._last = self._last % _LAST_PACKET + 1
+            if self._last in self._sent:
+                continue
+            publication = self._sent[self._last] = self._waiting.popleft()
+            parts.append(self._encode(self._last, publication, duplicate=False))
+        return b"".join(parts)
+
+    def _encode(self, packet: int, publication: _Publication, duplicate: bool) -> bytes:
+        return encode_publish(
+            publication.topic,
+            publication.payload,
+            packet,
+            retain=publication.retain,
+            duplicate=duplicate,
+            five=self._five,
+        )

@@ -1,0 +1,107 @@
+"""The quick look at updates accepts nothing that decoding would refuse."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedmpt.protocol.codec import CodecError, Update, decode_update, encode_update
+from fedmpt.protocol.manifest import TensorSpec
+from fedmpt.protocol.messages import ENCODINGS
+from fedmpt.protocol.screening import Screen
+
+SHAPES = {"bias": (), "class_context": (2, 3), "scale": ()}
+SPECS = {name: TensorSpec("float32", shape) for name, shape in SHAPES.items()}
+LIMIT, NORM = 2000, 50.0
+SCREEN = Screen(SPECS, LIMIT, NORM)
+
+
+def payload_of(encoding: str, largest: float = 0.5, **changes: object) -> bytes:
+    generator = np.random.default_rng(3)
+    difference = {
+        name: np.asarray(largest * generator.uniform(-1, 1, shape), np.float32)
+        for name, shape in SHAPES.items()
+    }
+    fields: dict[str, object] = {
+        "federation": "farm", "round": 1, "client": "north", "base": "0" * 64, "samples": 20,
+        "validation_samples": 2, "metrics": {"mAP": 0.5}, "difference": difference,
+    }  # fmt: skip
+    return encode_update(Update(**(fields | changes)), encoding)
+
+
+def norm_when_decoded(payload: bytes) -> float:
+    """Infinite where it cannot be decoded."""
+    try:
+        update, _ = decode_update(payload, SPECS, LIMIT)
+    except CodecError:
+        return math.inf
+    return math.sqrt(
+        sum(float((value.astype(np.float64) ** 2).sum()) for value in update.difference.values())
+    )
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_what_our_encoder_makes_is_seen_to_be_sound(encoding: str) -> None:
+    payload = payload_of(encoding)
+    header = SCREEN.header(payload)
+    assert header is not None
+    update, _ = decode_update(payload, SPECS, LIMIT)
+    for name in ("federation", "round", "client", "base", "samples", "validation_samples", "metrics"):
+        assert getattr(header, name) == getattr(update, name)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_what_may_be_beyond_the_norm_is_left_to_decoding(encoding: str) -> None:
+    assert SCREEN.header(payload_of(encoding, largest=60.0)) is None
+
+
+@pytest.mark.parametrize("encoding", ["float32", "float16"])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_value_that_is_not_finite_is_left_to_decoding(encoding: str, value: float) -> None:
+    payload = payload_of(encoding)
+    number = np.asarray(value, {"float32": "<f4", "float16": "<f2"}[encoding]).tobytes()
+    assert SCREEN.header(payload[: -len(number)] + number) is None
+
+
+def test_a_scale_that_makes_infinities_of_zeros_is_left_to_decoding() -> None:
+    zeros = {name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
+    payload = payload_of("float16", difference=zeros)
+    assert SCREEN.header(payload) is not None
+    larger = payload.replace(b'"bias\\":1.0', b'"bias\\":9e99')
+    size = int.from_bytes(payload[:8], "little") + len(larger) - len(payload)
+    larger = size.to_bytes(8, "little") + larger[8:]
+    assert SCREEN.header(larger) is None
+    assert norm_when_decoded(larger) == math.inf
+
+
+def test_half_a_surrogate_pair_is_left_to_decoding() -> None:
+    payload = payload_of("float32", metrics={"AAAAAA": 0.5})
+    broken = payload.replace(b"AAAAAA", b"\\ud800")
+    assert len(broken) == len(payload)
+    assert SCREEN.header(broken) is None
+    assert norm_when_decoded(broken) == math.inf
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.sampled_from(ENCODINGS), st.data())
+def test_nothing_passes_that_decoding_refuses(encoding: str, data: st.DataObject) -> None:
+    payload = bytearray(payload_of(encoding, data.draw(st.sampled_from([0.5, 20.0]))))
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(0, len(payload) - 1))
+        match data.draw(st.sampled_from(("change", "insert", "delete", "cut"))):
+            case "change":
+                payload[place] = data.draw(st.integers(0, 255))
+            case "insert":
+                payload[place:place] = data.draw(st.binary(min_size=1, max_size=8))
+            case "delete":
+                del payload[place : place + data.draw(st.integers(1, 8))]
+            case "cut":
+                del payload[max(1, place) :]
+        if not payload:
+            return
+    if SCREEN.header(bytes(payload)) is not None:
+        assert norm_when_decoded(bytes(payload)) <= NORM * (1 + 1e-6)
