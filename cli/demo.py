@@ -21,10 +21,17 @@ on two cores. Everything it starts is ended again, also on Ctrl-C."""
 def configure(parser: argparse.ArgumentParser) -> None:
     """Describe the command's options."""
     parser.description = DESCRIPTION
-    parser.epilog = "Examples:\n  fedmpt demo\n  fedmpt demo --short --out runs/quick"
+    parser.epilog = "Examples:\n  fedmpt demo\n  fedmpt demo --short --out runs/quick\n  fedmpt demo --seed 1"
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write (runs/demo)")
     parser.add_argument("--short", action="store_true", help="two rounds only, to see that it works here")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="draw another federation: other pictures, pairs and order (none)",
+    )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    parser.set_defaults(usage_error=parser.error)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -33,6 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
     from fedmpt.simulation.demo import run_demo
     from fedmpt.simulation.demo_report import summary_rows, write_demo_report
 
+    if arguments.seed is not None and arguments.seed < 0:
+        arguments.usage_error("--seed must not be negative")
     import_onnxruntime()
     out = arguments.out.resolve()
     start = time.monotonic()
@@ -48,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
                     console.print(f"{stage} …")
             progress.update(tasks[stage], completed=done)
 
-        result = run_demo(out, short=arguments.short, report=report)
+        result = run_demo(out, short=arguments.short, seed=arguments.seed, report=report)
         path = write_demo_report(result)
     seconds = time.monotonic() - start
     rows = summary_rows(result)

@@ -25,8 +25,9 @@ from fedmpt.edge_client.onnx_session import DEVICES
 DESCRIPTION = """\
 Check what a site needs: versions, ONNX Runtime and its devices, disk and memory; with --bundle and --cache whether
 they are whole and fit; with --broker whether it takes us and how long the certificates last; with --federation the
-clock against the aggregator's (MQTT itself has no clock to compare with). Stop this site's client before a check
-with its certificate: the broker takes both for one, and lets the newer in.
+clock against the aggregator's (MQTT itself has no clock to compare with). Where doctor.pem and doctor.key of
+`fedmpt certs` lie beside --cert, it connects with them; without them, stop this site's client first: a broker that
+knows clients by their certificates takes both for one, and lets the newer in.
 Exit code 1 if a check failed; warnings and what cannot be known do not count."""
 
 EXAMPLES = """\

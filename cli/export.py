@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from fedmpt.cli.logs import show_logs
 from fedmpt.cli.progress import ProgressCallback, progress_bar
 from fedmpt.edge_client.cache import FeatureCache, open_cache
-from fedmpt.edge_client.engine import open_engine
-from fedmpt.edge_client.evaluation import predict
+from fedmpt.edge_client.engine import open_engine, predict
 from fedmpt.edge_client.images import PhotoError, load_pixels
 from fedmpt.edge_client.metrics import mean_average_precision
 from fedmpt.edge_client.probabilities import calibrate_probabilities

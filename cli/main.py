@@ -47,16 +47,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             module = importlib.import_module(module_name)
             module.configure(subparser)
             subparser.set_defaults(run=module.run)
-    options = parser.parse_args(arguments)
     try:
+        options = parser.parse_args(arguments)
         exit_code: int = options.run(options)
         sys.stdout.flush()
         return exit_code
     except FedmptError as error:
-        print(f"fedmpt {options.command}: {error}", file=sys.stderr)
+        print(f"fedmpt {called}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"fedmpt {options.command}: interrupted", file=sys.stderr)
+        print(f"fedmpt {called}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of our output went away (``fedmpt tag … | head``); keep the shutdown flush quiet too.

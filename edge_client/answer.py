@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from fedmpt.edge_client.engine import Engine
-from fedmpt.edge_client.trainer import Checkpoint, Progress, SiteData, calibrate, train_round
+from fedmpt.edge_client.engine import Engine, Progress
+from fedmpt.edge_client.trainer import Checkpoint, SiteData, calibrate, train_round
 from fedmpt.protocol.codec import State, Update, state_digest
 from fedmpt.protocol.messages import Manifest
 

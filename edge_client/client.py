@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 
 from fedmpt.edge_client.answer import answer_round
-from fedmpt.edge_client.engine import Engine
+from fedmpt.edge_client.engine import Engine, Progress
 from fedmpt.edge_client.inbox import Inbox, Task
 from fedmpt.edge_client.schedule import Window
 from fedmpt.edge_client.site_connection import LOOK_SECONDS, Report, open_site_connection
 from fedmpt.edge_client.site_state import SiteState, Work, open_site_state
-from fedmpt.edge_client.trainer import Checkpoint, Progress, SiteData, TrainingStopped
+from fedmpt.edge_client.trainer import Checkpoint, SiteData, TrainingStopped
 from fedmpt.protocol.address import BrokerAddress
 from fedmpt.protocol.codec import State, Update, encode_update
 from fedmpt.protocol.connection import Connection
@@ -106,7 +106,7 @@ def run_client(
     )
     with (
         open_site_state(state_folder) as files,
-        open_site_connection(address, site.client, topics, presence, inbox, report) as connection,
+        open_site_connection(address, site.client, topics, presence, inbox, report, stop) as connection,
     ):
         return _Client(site, topics, inbox, connection, files, limits, stop, report, progress).run()
 
@@ -253,9 +253,8 @@ class _Client:
             # What the broker has not taken yet waits in the connection; sending it again would double it.
             while not (delivery.wait(0) and time.monotonic() - sent >= pause):
                 self.seen = self.inbox.version
-                wanted = self._is_wanted(
-                    task
-                )  # looked up first: a round's receipt comes before the next round
+                # Looked up before the receipt, because a round's receipt comes before the next round.
+                wanted = self._is_wanted(task)
                 receipt = self.inbox.receipt(digest)
                 if receipt is not None:
                     self._finish(task, work, receipt)

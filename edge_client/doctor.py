@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import datetime
 import importlib.metadata
 import os
@@ -40,6 +42,7 @@ DISK_WARNING, DISK_FAILURE = 2 << 30, 200 << 20  # bytes
 MEMORY_WARNING = 1 << 30
 CONNECT_SECONDS = 10.0
 HANDSHAKE_SECONDS = 5.0
+REFUSAL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,22 @@ def check_certificates(address: BrokerAddress, now: datetime.datetime) -> Iterat
             yield Check("broker certificate", "unknown", f"{address.url}: no TLS handshake ({error})")
         else:
             yield _validity("broker certificate", address.url, certificate, now)
+            if doctors_address(address) != address:
+                yield _acceptance(address)
+
+
+def doctors_address(address: BrokerAddress) -> BrokerAddress:
+    """The broker with the certificate ``doctor.pem`` where it lies beside ours, so that nobody is displaced.
+
+    A broker set up by ``fedmpt certs`` takes the certificate's name for the MQTT client id: with our own, the
+    check would be taken for the site's client.
+    """
+    if address.certificate is None:
+        return address
+    certificate, key = (address.certificate.with_name(name) for name in ("doctor.pem", "doctor.key"))
+    if not (certificate.is_file() and key.is_file()):
+        return address
+    return dataclasses.replace(address, certificate=certificate, key=key)
 
 
 def check_broker(address: BrokerAddress, federation: str | None, seconds: float) -> Iterator[Check]:
@@ -141,6 +160,7 @@ def check_broker(address: BrokerAddress, federation: str | None, seconds: float)
     MQTT has no time of its own. The aggregator says the time in its status at least every 15 seconds, so the
     clock is compared with a message that arrives while we wait (at most ``seconds``).
     """
+    address = doctors_address(address)
     topics = Topics(federation) if federation else None
     subscriptions = (topics.status,) if topics else ()
     try:
@@ -258,14 +278,39 @@ def _broker_certificate(address: BrokerAddress) -> bytes:
     """The certificate that the broker shows, DER, unverified: an expired one is to be reported, not refused."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    with (
-        socket.create_connection((address.host, address.port), HANDSHAKE_SECONDS) as plain,
-        context.wrap_socket(plain, server_hostname=address.host) as secure,
-    ):
+    with _handshake(address, context) as secure:
         certificate = secure.getpeercert(binary_form=True)
     if certificate is None:
         raise ValueError("it shows no certificate")
     return certificate
+
+
+@contextlib.contextmanager
+def _handshake(address: BrokerAddress, context: ssl.SSLContext) -> Iterator[ssl.SSLSocket]:
+    with (
+        socket.create_connection((address.host, address.port), HANDSHAKE_SECONDS) as plain,
+        context.wrap_socket(plain, server_hostname=address.host) as secure,
+    ):
+        yield secure
+
+
+def _acceptance(address: BrokerAddress) -> Check:
+    """Whether the broker takes our own certificate: TLS only, so that it sees no second MQTT client."""
+    try:
+        context = address.tls_context()
+        assert context is not None
+        with _handshake(address, context) as secure:
+            # In TLS 1.3 a refusal comes after the handshake; a broker that takes us waits for MQTT.
+            secure.settimeout(REFUSAL_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                if not secure.recv(1):
+                    raise ConnectionError("it hung up")
+    except (OSError, FedmptError) as error:
+        text = (
+            f"{address.certificate}: the broker refuses it ({error}); is it of this federation's authority?"
+        )
+        return Check("our certificate", "failed", text)
+    return Check("our certificate", "ok", f"{address.certificate}: accepted by the broker")
 
 
 def _version(distribution: str) -> str | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +14,10 @@ from fedmpt.protocol.codec import State
 from fedmpt.protocol.errors import FedmptError
 
 FloatArray = NDArray[np.float32]
+Progress = Callable[[int, "int | None"], None]
 
 ENGINES = ("onnx", "torch")
+BATCH_SIZE = 32
 
 
 class EngineError(FedmptError):
@@ -78,3 +81,38 @@ def open_engine(bundle: Path, name: str = "onnx", device: str = "auto", threads:
             ) from error
         return TorchEngine.open(bundle, device, threads)
     raise EngineError(f"engine {name!r} is unknown; use one of {', '.join(ENGINES)}")
+
+
+def predict(
+    engine: Engine,
+    state: State,
+    tokens: NDArray[np.floating[Any]],
+    rows: NDArray[np.int64] | None = None,
+    *,
+    batch_size: int = BATCH_SIZE,
+    progress: Progress | None = None,
+) -> tuple[FloatArray, FloatArray]:
+    """Scores (before κ and δ) and logits, ``[n, C]`` each, of photos by their tokens ``[n, M, D]``.
+
+    Args:
+        engine, state, tokens: what to compute them with; the text features are computed once.
+        rows: the photos that are wanted; all of them where None.
+        batch_size: photos at a time.
+        progress: called with (photos done, total) after each batch.
+
+    Raises:
+        EngineError: one is not finite.
+    """
+    text = engine.text_features(state)
+    total = len(tokens) if rows is None else len(rows)
+    scores = np.empty((total, text.shape[1]), np.float32)
+    logits = np.empty_like(scores)
+    for start in range(0, total, batch_size):
+        part = slice(start, min(start + batch_size, total))
+        output = engine.head(state, text, tokens[part if rows is None else rows[part]])
+        scores[part], logits[part] = output.scores, output.logits
+        if progress:
+            progress(part.stop, total)
+    if not np.isfinite(logits).all():
+        raise EngineError("the head gave a logit that is not finite; check the state and the feature cache")
+    return scores, logits

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,13 +12,10 @@ from numpy.typing import NDArray
 
 from fedmpt.edge_client import metrics
 from fedmpt.edge_client.cache import FeatureCache
-from fedmpt.edge_client.engine import Engine, EngineError, FloatArray
+from fedmpt.edge_client.engine import Engine, FloatArray, Progress, predict
 from fedmpt.edge_client.metrics import Pair
 from fedmpt.protocol.codec import State
 
-Progress = Callable[[int, "int | None"], None]
-
-BATCH_SIZE = 32
 RECALL = 0.8  # at which spurious activation is compared
 
 
@@ -47,33 +44,6 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         """Plain values for ``json.dumps``."""
         return asdict(self)
-
-
-def predict(
-    engine: Engine,
-    state: State,
-    tokens: NDArray[np.floating[Any]],
-    *,
-    batch_size: int = BATCH_SIZE,
-    progress: Progress | None = None,
-) -> tuple[FloatArray, FloatArray]:
-    """Scores (before κ and δ) and logits, ``[n, C]`` each, of photos by their tokens ``[n, M, D]``.
-
-    Raises:
-        EngineError: one is not finite.
-    """
-    text = engine.text_features(state)
-    scores = np.empty((len(tokens), text.shape[1]), np.float32)
-    logits = np.empty_like(scores)
-    for start in range(0, len(tokens), batch_size):
-        part = slice(start, min(start + batch_size, len(tokens)))
-        output = engine.head(state, text, tokens[part])
-        scores[part], logits[part] = output.scores, output.logits
-        if progress:
-            progress(part.stop, len(tokens))
-    if not np.isfinite(logits).all():
-        raise EngineError("the head gave a logit that is not finite; check the state and the feature cache")
-    return scores, logits
 
 
 def evaluate(

@@ -30,11 +30,18 @@ Report = Callable[[str, Mapping[str, Any]], None]
 
 @contextmanager
 def open_site_connection(
-    address: BrokerAddress, client: str, topics: Topics, presence: Presence, inbox: Inbox, report: Report
+    address: BrokerAddress,
+    client: str,
+    topics: Topics,
+    presence: Presence,
+    inbox: Inbox,
+    report: Report,
+    stop: threading.Event,
 ) -> Iterator[Connection]:
     """Connect, fill the inbox from a thread of its own, and say hello, again after every reconnection.
 
-    On leaving, the client says goodbye; if it vanishes, the broker does that for it (last will).
+    On leaving, the client says goodbye; if it vanishes, the broker does that for it (last will). Where ``stop``
+    is set before the broker has accepted us, the connection that comes is not connected.
 
     Raises:
         BrokerUnreachable: see ``Connection.connect``. What fails later reaches the inbox's reader.
@@ -66,7 +73,9 @@ def open_site_connection(
                 connection.acknowledge(event)
 
     with connection:
-        connection.connect(CONNECT_SECONDS)
+        if not connection.connect(CONNECT_SECONDS, stop):
+            yield connection
+            return
         listener = threading.Thread(target=listen, name="fedmpt-inbox", daemon=True)
         listener.start()
         try:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmpt.edge_client.calibration import fit_scale_and_bias
-from fedmpt.edge_client.engine import Engine, EngineError
+from fedmpt.edge_client.engine import Engine, EngineError, Progress, predict
 from fedmpt.edge_client.metrics import class_f1, mean_average_precision, overall_f1
 from fedmpt.edge_client.optimizers import OPTIMIZERS, clip_gradients, cosine_rate
 from fedmpt.protocol.codec import State
@@ -20,7 +20,6 @@ from fedmpt.protocol.errors import FedmptError
 from fedmpt.protocol.manifest import BundleManifest
 from fedmpt.protocol.messages import Manifest
 
-Progress = Callable[[int, "int | None"], None]
 Rows = NDArray[np.int64]
 
 
@@ -166,7 +165,7 @@ def calibrate(
 
     Args:
         engine, data, state, manifest, should_stop: as for :func:`train_round`.
-        progress: called with (batches scored, batches in all).
+        progress: called with (photos scored, photos in all).
 
     Raises:
         TrainingError: no training photo has a known label.
@@ -174,9 +173,8 @@ def calibrate(
         TrainingStopped: see ``should_stop``.
     """
     rows, batch_size = _labelled(data), manifest.training.batch_size
-    scores, _ = head_outputs(
-        engine, data, rows, state, batch_size, should_stop=should_stop, progress=progress
-    )
+    watch = _stoppable(should_stop, progress)
+    scores, _ = predict(engine, state, data.tokens, rows, batch_size=batch_size, progress=watch)
     scale, bias, loss = fit_scale_and_bias(
         scores, data.labels[rows], float(state["scale"]), float(state["bias"]), manifest.training
     )
@@ -195,8 +193,9 @@ def received_metrics(
     """mAP, CF1 and OF1 (threshold 0.5) of a state on the validation split, left out where undefined."""
     if not len(data.validation):
         return {}
-    _, logits = head_outputs(engine, data, data.validation, state, batch_size, should_stop=should_stop)
-    labels = data.labels[data.validation]
+    watch, rows = _stoppable(should_stop), data.validation
+    _, logits = predict(engine, state, data.tokens, rows, batch_size=batch_size, progress=watch)
+    labels = data.labels[rows]
     figures = {
         "mAP": mean_average_precision(logits, labels),
         "CF1": class_f1(logits >= 0, labels),
@@ -205,39 +204,16 @@ def received_metrics(
     return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
-def head_outputs(
-    engine: Engine,
-    data: SiteData,
-    rows: Rows,
-    state: State,
-    batch_size: int,
-    *,
-    should_stop: Callable[[], bool] | None = None,
-    progress: Progress | None = None,
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Scores and logits ``[len(rows), C]`` of a state; the text features are computed once.
+def _stoppable(should_stop: Callable[[], bool] | None, progress: Progress | None = None) -> Progress:
+    """``progress`` that raises TrainingStopped where ``should_stop`` says so."""
 
-    Raises:
-        EngineError: one is not finite.
-        TrainingStopped: ``should_stop`` said so.
-    """
-    text = engine.text_features(state)
-    scores = np.empty((len(rows), data.labels.shape[1]), np.float32)
-    logits = np.empty_like(scores)
-    batches = -(-len(rows) // batch_size)
-    for batch in range(batches):
+    def after_batch(done: int, total: int | None) -> None:
+        if progress:
+            progress(done, total)
         if should_stop and should_stop():
             raise TrainingStopped
-        part = slice(batch * batch_size, (batch + 1) * batch_size)
-        output = engine.head(state, text, data.tokens[rows[part]])
-        scores[part], logits[part] = output.scores, output.logits
-        if progress:
-            progress(batch + 1, batches)
-    if not np.isfinite(logits).all():
-        raise EngineError(
-            "the head gave a logit that is not finite; check the received state and the feature cache"
-        )
-    return scores, logits
+
+    return after_batch
 
 
 def generator(seed: int, client: str, round_number: int) -> np.random.Generator:

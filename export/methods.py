@@ -141,9 +141,10 @@ def head_loss(
     )
 
 
-def _pool(
+def pool(
     setup: Setup, patches: Tensor, text: Tensor, name: str, state: State, plan: bool
 ) -> tuple[Tensor, Tensor | None]:
+    """Scores ``psi [B, N, C]`` of patches ``[B, M−1, D]`` under a pooling and, where asked for, the plan."""
     adapters = (state["adapter_down"], state["adapter_up"]) if "adapter_up" in state else None
     found = kernels.region_transport(
         patches,
@@ -161,7 +162,10 @@ def _pool(
 
 def _regions(setup: Setup, tokens: Tensor, text: Tensor, state: State, plan: bool) -> Scores:
     """FedMPT: patches transported to the labels of every condition, conditions weighed by the gate."""
-    psi, found = _pool(setup, tokens[:, 1:], text, setup.pooling.name, state, plan)
+    psi, found = pool(setup, tokens[:, 1:], text, setup.pooling.name, state, plan)
+    if plan and setup.pooling.name == "max":
+        # One patch alone makes no map; how far every patch agrees shows the region and changes no score.
+        found = pool(setup, tokens[:, 1:], text, "softmax", state, plan)[1]
     if "gate_up" in state:
         class_token = tokens[:, 0].to(text.dtype)
         gate = torch.softmax(class_token @ state["gate_down"].T @ state["gate_up"].T, dim=-1)
@@ -172,7 +176,7 @@ def _regions(setup: Setup, tokens: Tensor, text: Tensor, state: State, plan: boo
 
 def _global(setup: Setup, tokens: Tensor, text: Tensor, state: State, plan: bool) -> Scores:
     """The class token's similarity, as CLIP and CoOp use it; the plan merely shows where the patches agree."""
-    found = _pool(setup, tokens[:, 1:], text, "softmax", state, plan)[1] if plan else None
+    found = pool(setup, tokens[:, 1:], text, "softmax", state, plan)[1] if plan else None
     psi = (tokens[:, 0].to(text.dtype) @ text.flatten(0, 1).T).reshape(-1, *text.shape[:2])
     return Scores(psi, _even(text, tokens.shape[0], 1), found)
 

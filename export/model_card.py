@@ -5,13 +5,18 @@ from __future__ import annotations
 from fedmpt.protocol.tagger_info import Measurement, TaggerInfo
 
 
+def card_title(file_name: str) -> str:
+    """The first line of a file's card."""
+    return f"# {file_name}"
+
+
 def model_card(info: TaggerInfo, file_name: str) -> str:
     """What the file is, takes and gives, where it came from, and what was measured of it."""
     rows, columns = info.grid
     provenance = [f"- {name}: {value}" for name, value in sorted(info.provenance.items())]
     return "\n".join(
         [
-            f"# {file_name}",
+            card_title(file_name),
             "",
             f"Recognises {len(info.labels)} labels in photos, several per photo. One self-contained ONNX file; "
             "it needs neither a network nor PyTorch.",

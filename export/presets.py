@@ -35,7 +35,7 @@ PAPER = Preset(
     ),
 )
 PAPER_POOLING, PAPER_TRAINING = PAPER.pooling, PAPER.training
-# Provisional: docs/method.md tells what they rest on.
+# docs/method.md has the measurements behind these.
 DEFAULT = Preset(
     Pooling("transport", tau=4.0, reg=0.02, iterations=10),
     replace(PAPER_TRAINING, optimizer="adamw", learning_rate=0.001),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -155,7 +155,7 @@ def _attend_suffix(
     return (far.flatten(2, 3) @ prefix_value).reshape(query.shape) + near @ own_value
 
 
-@lru_cache(maxsize=16)
+@cache  # never emptied: a captured CUDA graph goes on reading these tensors
 def _index(layout: Layout, device: torch.device) -> _Index:
     prefixes, suffixes = np.array(layout.prefixes), np.array(layout.suffixes)
     longest, longest_suffix = int(prefixes.max()), int(suffixes.max())

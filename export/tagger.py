@@ -13,7 +13,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper
 
-from fedmpt.export.model_card import model_card
+from fedmpt.export.model_card import card_title, model_card
 from fedmpt.export.tagger_graph import ExportError, State, compose_tagger
 from fedmpt.export.tagger_precision import reduce_precision
 from fedmpt.protocol.codec import state_digest
@@ -53,7 +53,7 @@ def export_tagger(
     photos: Iterable[NDArray[np.uint8]] = (),
     compare: Callable[[Path, Path], Measurement] | None = None,
 ) -> TaggerInfo:
-    """Write ``out``, and ``model-card.md`` beside it.
+    """Write ``out``, and its model card beside it (see :func:`card_path`).
 
     The graph takes ``pixels`` uint8 ``[B, S, S, 3]`` and gives ``probabilities`` ``[B, C]`` and, if wanted,
     ``heatmaps`` ``[B, C, rows, columns]`` (per label, how the decision is spread over the photo; sums to 1).
@@ -165,8 +165,19 @@ def save_tagger(model: onnx.ModelProto, info: TaggerInfo, out: Path) -> None:
             "use a smaller CLIP checkpoint"
         )
     helper.set_model_props(model, {METADATA_KEY: info_to_json(info)})
-    model.doc_string = f"Tags photos with {len(info.labels)} labels; see model-card.md."
+    model.doc_string = f"Tags photos with {len(info.labels)} labels; its model card lies beside it."
     with atomic_path(out) as temporary:
         onnx.save(model, temporary)
         onnx.checker.check_model(temporary, full_check=True)
-    write_atomically(out.with_name("model-card.md"), model_card(info, out.name))
+    write_atomically(card_path(out), model_card(info, out.name))
+
+
+def card_path(out: Path) -> Path:
+    """``model-card.md`` beside a tagger, or ``<tagger>.model-card.md`` where that file is another's."""
+    usual = out.with_name("model-card.md")
+    try:
+        with usual.open(encoding="utf-8", errors="replace") as file:
+            title = file.readline().rstrip("\n")
+    except FileNotFoundError:
+        return usual
+    return usual if title == card_title(out.name) else out.with_name(f"{out.stem}.model-card.md")

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -125,18 +124,12 @@ def federation(bundle, caches, tmp_path):
         yield start
 
 
-def _free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_killed_client_and_a_restarted_broker_do_not_change_one_bit_of_the_result(
-    federation, mosquitto, bundle, caches
+    federation, mosquitto, bundle, caches, free_port
 ):
-    calm = federation("calm", f"mqtt://127.0.0.1:{_free_port()}")
+    calm = federation("calm", f"mqtt://127.0.0.1:{free_port()}")
     calm.start_aggregator("--embedded")
     for name in SITES:
         calm.start_client(name)
@@ -197,6 +190,16 @@ def test_sigterm_in_the_middle_of_a_round_ends_a_client_cleanly(federation, mosq
     assert birds.running["site-a"].wait(20) == 0, birds.logs()
     assert [event["event"] for event in birds.events("site-a")][-2:] == ["interrupted", "stopped"]
     assert list(state.glob("checkpoint-*.safetensors"))
+
+
+def test_sigterm_while_no_broker_answers_ends_a_client_cleanly(federation, caches, free_port):
+    birds = federation("birds", f"mqtt://127.0.0.1:{free_port()}")
+    birds.start_client("site-a")
+    state = birds.folder / "site-a-state"
+    birds.wait_until(state.exists, "site-a about to connect")
+    birds.running["site-a"].send_signal(signal.SIGTERM)
+    assert birds.running["site-a"].wait(10) == 0, birds.logs()
+    assert [event["event"] for event in birds.events("site-a")] == ["stopped"]
 
 
 def _arguments(tmp_path, **changes):

@@ -7,8 +7,8 @@ import pytest
 
 from fedmpt.edge_client import metrics
 from fedmpt.edge_client.cache import FeatureCache
-from fedmpt.edge_client.engine import EngineError, HeadOutput
-from fedmpt.edge_client.evaluation import RECALL, evaluate, predict
+from fedmpt.edge_client.engine import EngineError, HeadOutput, predict
+from fedmpt.edge_client.evaluation import RECALL, evaluate
 
 LABELS = ("cat", "sofa", "dog")
 
@@ -53,6 +53,12 @@ def test_predict_gives_scores_and_logits_of_every_photo_whatever_the_batch():
         assert np.array_equal(scores, cache.tokens[:, 0, :3].astype(np.float32))
         assert np.array_equal(logits, 2 * scores - 1)
     assert engine.text_calls == 4  # once each time, not once a batch
+
+
+def test_predict_of_some_rows_gives_those_in_their_order():
+    cache, rows = make_cache(0, n=7), np.array([6, 0, 3])
+    scores, _ = predict(ReadingEngine(), STATE, cache.tokens, rows, batch_size=2)
+    assert np.array_equal(scores, cache.tokens[rows, 0, :3].astype(np.float32))
 
 
 def test_predict_of_no_photos_is_empty():

@@ -13,7 +13,7 @@ def test_importing_every_edge_module_loads_nothing_heavy():
     code = "import importlib, sys\n"
     code += "".join(f"importlib.import_module('fedmpt.edge_client.{name}')\n" for name in modules)
     code += "print(*{'torch', 'triton', 'transformers', 'onnx', 'onnxruntime'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
 
 
@@ -33,6 +33,6 @@ bundle, cache = {str(tiny_bundle)!r}, str(folder / "cache")
 assert main(["cache", str(folder), "--bundle", bundle, "--out", cache]) == 0
 assert main(["evaluate", "--bundle", bundle, "--cache", cache]) == 0
 """
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "cat: 1.0000" in done.stdout

@@ -6,33 +6,14 @@ import torch
 
 from fedmpt.edge_client.engine import EngineError, open_engine
 from fedmpt.edge_client.torch_engine import TorchEngine
-from fedmpt.protocol.codec import load_state
-from fedmpt.protocol.manifest import BundleError, load_manifest
+from fedmpt.protocol.manifest import BundleError
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 
 @pytest.fixture(scope="module")
-def manifest(tiny_bundle):
-    return load_manifest(tiny_bundle)
-
-
-@pytest.fixture(scope="module")
-def state(tiny_bundle, manifest):
-    return load_state(tiny_bundle / "state.safetensors", manifest.state)
-
-
-@pytest.fixture(scope="module")
 def engine(tiny_bundle):
     return open_engine(tiny_bundle, "torch", "cpu", threads=1)
-
-
-def _batch(manifest, count, seed=0):
-    random = np.random.default_rng(seed)
-    tokens = random.normal(size=(count, manifest.tokens.count, manifest.tokens.width))
-    tokens /= np.linalg.norm(tokens, axis=-1, keepdims=True)
-    labels = random.integers(-1, 2, size=(count, len(manifest.labels)))
-    return tokens.astype(np.float16), labels.astype(np.int8)
 
 
 def _assert_close(found, expected, tolerance):
@@ -45,36 +26,38 @@ def _assert_close(found, expected, tolerance):
 
 
 @pytest.mark.parametrize("count", [8, 5])
-def test_both_engines_give_one_loss_and_one_gradient(engine, tiny_bundle, manifest, state, count):
+def test_both_engines_give_one_loss_and_one_gradient(engine, tiny_bundle, state, count, draw_batch):
     onnx = open_engine(tiny_bundle, "onnx", "cpu", threads=1)
-    loss, gradients = engine.train_step(state, *_batch(manifest, count))
-    onnx_loss, onnx_gradients = onnx.train_step(state, *_batch(manifest, count))
+    loss, gradients = engine.train_step(state, *draw_batch(count))
+    onnx_loss, onnx_gradients = onnx.train_step(state, *draw_batch(count))
     assert loss == pytest.approx(onnx_loss, rel=1e-5)
     _assert_close(gradients, onnx_gradients, 1e-4)
 
 
-def test_both_engines_give_one_text_and_one_prediction(engine, tiny_bundle, manifest, state):
+def test_both_engines_give_one_text_and_one_prediction(engine, tiny_bundle, state, draw_batch):
     onnx = open_engine(tiny_bundle, "onnx", "cpu", threads=1)
-    text, tokens = onnx.text_features(state), _batch(manifest, 3)[0]
+    text, tokens = onnx.text_features(state), draw_batch(3)[0]
     np.testing.assert_allclose(engine.text_features(state), text, atol=1e-5)
     found, expected = engine.head(state, text, tokens), onnx.head(state, text, tokens)
     _assert_close(vars(found), vars(expected), 1e-4)
 
 
-def test_equal_inputs_give_equal_bits(engine, manifest, state):
-    first, second = (engine.train_step(state, *_batch(manifest, 8)) for _ in range(2))
+def test_equal_inputs_give_equal_bits(engine, state, draw_batch):
+    first, second = (engine.train_step(state, *draw_batch(8)) for _ in range(2))
     assert first[0] == second[0]
     assert all(np.array_equal(first[1][name], second[1][name]) for name in state)
 
 
-def test_a_bfloat16_tower_keeps_state_and_gradients_in_float32(engine, tiny_bundle, manifest, state):
+def test_a_bfloat16_tower_keeps_state_and_gradients_in_float32(
+    engine, tiny_bundle, manifest, state, draw_batch
+):
     half = TorchEngine(tiny_bundle, manifest, torch.device("cpu"), half=True)
     text, exact = half.text_features(state), engine.text_features(state)
     assert text.dtype == np.float32
     assert not np.array_equal(text, exact)
     np.testing.assert_allclose(text, exact, atol=2e-2)
-    loss, gradients = half.train_step(state, *_batch(manifest, 8))
-    exact_loss, exact_gradients = engine.train_step(state, *_batch(manifest, 8))
+    loss, gradients = half.train_step(state, *draw_batch(8))
+    exact_loss, exact_gradients = engine.train_step(state, *draw_batch(8))
     assert loss == pytest.approx(exact_loss, rel=2e-2)
     for name, value in exact_gradients.items():
         assert gradients[name].dtype == np.float32
@@ -82,17 +65,17 @@ def test_a_bfloat16_tower_keeps_state_and_gradients_in_float32(engine, tiny_bund
         assert cosine > 0.98, name
 
 
-def test_staging_a_batch_changes_nothing(engine, manifest, state):
-    batch = _batch(manifest, 8)
+def test_staging_a_batch_changes_nothing(engine, state, draw_batch):
+    batch = draw_batch(8)
     expected = engine.train_step(state, *batch)
     engine.stage(*batch)
     assert engine.train_step(state, *batch)[0] == expected[0]
 
 
-def test_a_state_of_another_bundle_is_refused_with_the_missing_names(engine, manifest, state):
+def test_a_state_of_another_bundle_is_refused_with_the_missing_names(engine, state, draw_batch):
     without = {name: value for name, value in state.items() if name != "class_context"}
     with pytest.raises(EngineError, match="needs class_context; the state is not of this bundle"):
-        engine.train_step(without, *_batch(manifest, 2))
+        engine.train_step(without, *draw_batch(2))
     with pytest.raises(EngineError, match="needs class_context"):
         engine.text_features(without)
 
@@ -112,10 +95,10 @@ def test_a_folder_without_a_bundle_is_refused(tmp_path):
 
 @needs_gpu
 @pytest.mark.parametrize("count", [8, 5])
-def test_the_captured_step_equals_the_eager_one(engine, tiny_bundle, manifest, state, count):
+def test_the_captured_step_equals_the_eager_one(engine, tiny_bundle, state, count, draw_batch):
     cuda = open_engine(tiny_bundle, "torch", "cuda")
     for seed in range(3):  # replays must follow their inputs
-        batch = _batch(manifest, count, seed)
+        batch = draw_batch(count, seed)
         loss, gradients = cuda.train_step(state, *batch)
         exact_loss, exact = engine.train_step(state, *batch)
         assert loss == pytest.approx(exact_loss, rel=2e-2)
@@ -123,9 +106,9 @@ def test_the_captured_step_equals_the_eager_one(engine, tiny_bundle, manifest, s
 
 
 @needs_gpu
-def test_staged_batches_are_used_in_their_order(tiny_bundle, manifest, state):
+def test_staged_batches_are_used_in_their_order(tiny_bundle, state, draw_batch):
     cuda = open_engine(tiny_bundle, "torch", "cuda")
-    batches = [_batch(manifest, 8, seed) for seed in range(4)]
+    batches = [draw_batch(8, seed) for seed in range(4)]
     expected = [cuda.train_step(state, *batch)[0] for batch in batches]
     cuda.stage(*batches[2])  # left over from a round that ended early
     cuda.stage(*batches[0])
@@ -136,4 +119,4 @@ def test_staged_batches_are_used_in_their_order(tiny_bundle, manifest, state):
         found.append(cuda.train_step(state, *batch)[0])
     assert found == expected
     with pytest.raises(EngineError, match="a batch of 9 photos, but the bundle's train step takes 8"):
-        cuda.train_step(state, *_batch(manifest, 9))
+        cuda.train_step(state, *draw_batch(9))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fedmpt.edge_client.calibration import asymmetric_loss
-from fedmpt.edge_client.engine import EngineError, HeadOutput
+from fedmpt.edge_client.engine import EngineError, HeadOutput, predict
 from fedmpt.edge_client.metrics import class_f1, mean_average_precision, overall_f1
 from fedmpt.edge_client.trainer import (
     SiteData,
@@ -15,7 +15,6 @@ from fedmpt.edge_client.trainer import (
     TrainingStopped,
     calibrate,
     generator,
-    head_outputs,
     train_round,
 )
 
@@ -215,16 +214,29 @@ def test_calibration_changes_scale_and_bias_alone_and_lowers_the_loss():
     assert update.metrics["loss"] == pytest.approx(after, rel=1e-4)
 
 
-def test_head_outputs_do_not_depend_on_the_batch_size():
-    data = _site()
-    whole, parts = (head_outputs(LinearEngine(), data, data.train, _state(), size) for size in (64, 7))
-    np.testing.assert_allclose(whole[0], parts[0], atol=1e-6)
-    np.testing.assert_allclose(whole[1], parts[1], atol=1e-6)
+def test_calibration_stops_where_it_is_told_to():
+    asked = []
+
+    def should_stop():
+        asked.append(None)
+        return len(asked) == 2
+
+    progress = []
+    with pytest.raises(TrainingStopped):
+        calibrate(
+            LinearEngine(),
+            _site(),
+            _state(),
+            _manifest(),
+            should_stop=should_stop,
+            progress=lambda done, total: progress.append(done),
+        )
+    assert progress == [8, 16]
 
 
 def test_the_metrics_are_those_of_the_received_state_on_the_validation_split():
     engine, data, state = LinearEngine(), _site(), _state()
-    _, logits = head_outputs(engine, data, data.validation, state, 8)
+    _, logits = predict(engine, state, data.tokens, data.validation, batch_size=8)
     labels = data.labels[data.validation]
     for update in (_train(data=data), calibrate(engine, data, state, _manifest())):
         assert update.metrics["mAP"] == mean_average_precision(logits, labels)

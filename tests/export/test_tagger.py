@@ -211,6 +211,16 @@ def test_the_model_card_says_it_to_people(tiny_bundle: Path, state: State, tmp_p
     assert "none of these figures is of a test set" in card
 
 
+def test_a_second_tagger_in_a_folder_leaves_the_first_ones_card(
+    tiny_bundle: Path, state: State, tmp_path: Path
+) -> None:
+    for name in ("cats.onnx", "dogs.onnx", "cats.onnx"):
+        export_tagger(tiny_bundle, state, tmp_path / name)
+    titles = {path.name: path.read_text().splitlines()[0] for path in tmp_path.glob("*.md")}
+    assert titles == {"model-card.md": "# cats.onnx", "dogs.model-card.md": "# dogs.onnx"}
+    assert (tmp_path / "cats.onnx").read_bytes() == (tmp_path / "dogs.onnx").read_bytes()
+
+
 def test_exporting_twice_gives_the_same_bytes(
     tiny_bundle: Path, state: State, exported: Path, tmp_path: Path
 ) -> None:
@@ -320,6 +330,8 @@ def test_every_method_and_pooling_exports(tiny_clip: Path, tmp_path: Path, metho
     found = Tagger.load(tmp_path / "t.onnx", "cpu").predict(photos)
     np.testing.assert_allclose(found.probabilities, 1 / (1 + np.exp(-logits)), atol=1e-4)
     np.testing.assert_allclose(found.heatmaps, plan.reshape(2, 2, 3, 3), atol=1e-4)
+    if pooling == "max":
+        assert (plan > 0).all()  # a map of the region, not of the best patch alone
     assert {node.op_type for node in onnx.load(tmp_path / "t.onnx").graph.node} <= set(
         TENSORRT_OPERATORS.split()
     )
