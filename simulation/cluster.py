@@ -50,7 +50,11 @@ def open_cluster(workers: int = 1, scheduler: str | None = None) -> Iterator[Spr
     if scheduler is None:
         # Memory is bounded by the tasks themselves; Dask would count the memory maps and kill workers.
         cluster = distributed.LocalCluster(
-            n_workers=workers, threads_per_worker=1, memory_limit=0, dashboard_address=None, host="127.0.0.1"
+            n_workers=workers,
+            threads_per_worker=1,
+            memory_limit=0,
+            host="127.0.0.1",
+            dashboard_address="127.0.0.1:0",  # any free port: a second experiment may run beside this one
         )
         with cluster, distributed.Client(cluster) as client:
             yield _over(client, distributed.as_completed)

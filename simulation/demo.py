@@ -6,7 +6,9 @@ learn together is measured on pictures with independent labels against the untun
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -20,14 +22,14 @@ from safetensors.numpy import load_file
 
 from fedmpt.edge_client import metrics
 from fedmpt.edge_client.cache import FeatureCache, open_cache
-from fedmpt.edge_client.engine import open_engine
-from fedmpt.edge_client.evaluation import RECALL, predict
+from fedmpt.edge_client.engine import open_engine, predict
+from fedmpt.edge_client.evaluation import RECALL
 from fedmpt.edge_client.metrics import Pair
 from fedmpt.protocol.codec import load_state
 from fedmpt.protocol.errors import FedmptError
-from fedmpt.protocol.manifest import BundleManifest, load_manifest
+from fedmpt.protocol.manifest import BundleManifest, load_manifest, save_manifest
 from fedmpt.simulation.processes import Child, Processes, processes
-from fedmpt.simulation.scenes_pack import unpack_demo
+from fedmpt.simulation.scenes_pack import build_pack, unpack_demo
 
 DATA = Path(__file__).parent / "data"
 BUNDLE = DATA / "demo-bundle"
@@ -74,13 +76,18 @@ class DemoResult:
 
 
 def run_demo(
-    out: Path, *, short: bool = False, report: Report = lambda stage, done, total: None
+    out: Path,
+    *,
+    short: bool = False,
+    seed: int | None = None,
+    report: Report = lambda stage, done, total: None,
 ) -> DemoResult:
     """Run the demo into ``out``, which must not hold another one.
 
     Args:
         out: the folder for photos, caches, logs, the tagger and its tags.
         short: two rounds instead of ten, to see that everything works here.
+        seed: draws another federation: other planted pairs, other pictures, another order of the batches.
         report: called with (stage, done, total) as it goes on.
 
     Raises:
@@ -92,24 +99,38 @@ def run_demo(
     for path in (BUNDLE / "manifest.json", PACK, ZERO_SHOT):
         if not path.exists():
             raise DemoError(f"{path}: missing from the installed package; install fedmpt-edge again")
-    manifest = load_manifest(BUNDLE)
     rounds = SHORT_ROUNDS if short else ROUNDS
     seconds: dict[str, float] = {}
     with processes(out / "logs") as running:
+        bundle, pack = (BUNDLE, PACK) if seed is None else draw_federation(out, seed, report)
+        manifest = load_manifest(bundle)
         start = time.monotonic()
-        sites = unpack(PACK, out / "photos")
-        build_caches(running, out, [*sites, *SHARED_SETS], report)
+        sites = unpack(pack, out / "photos")
+        build_caches(running, bundle, out, [*sites, *SHARED_SETS], report)
         seconds["encode all photos"] = time.monotonic() - start
         start = time.monotonic()
-        run_federation(running, out, sites, rounds, report)
+        run_federation(running, bundle, out, sites, rounds, report)
         seconds["federation"] = time.monotonic() - start
         start = time.monotonic()
-        before, after = compare(out, manifest, report)
+        before, after = compare(bundle, out, manifest, report)
         seconds["evaluate"] = time.monotonic() - start
         start = time.monotonic()
-        tag_photos(running, out, report)
+        tag_photos(running, bundle, out, report)
         seconds["export and tag"] = time.monotonic() - start
     return DemoResult(out, manifest, before, after, read_history(out), seconds)
+
+
+def draw_federation(out: Path, seed: int, report: Report) -> tuple[Path, Path]:
+    """A copy of the shipped bundle that trains with another seed, and a pack of other pictures."""
+    report("drawing pictures", 0, 1)
+    bundle, pack = out / "bundle", out / "scenes.zip"
+    shutil.copytree(BUNDLE, bundle)
+    manifest = load_manifest(bundle)
+    training = dataclasses.replace(manifest.training, seed=seed)
+    save_manifest(bundle, dataclasses.replace(manifest, training=training))
+    build_pack(pack, seed)
+    report("drawing pictures", 1, 1)
+    return bundle, pack
 
 
 def unpack(pack: Path, folder: Path) -> list[str]:
@@ -123,7 +144,7 @@ def photo_folder(out: Path, name: str) -> Path:
     return out / "photos" / name if name in SHARED_SETS else out / "photos" / "clients" / name
 
 
-def build_caches(running: Processes, out: Path, names: list[str], report: Report) -> None:
+def build_caches(running: Processes, bundle: Path, out: Path, names: list[str], report: Report) -> None:
     """Encode every photo folder, each by its own process, two at a time."""
     waiting = list(names)
     active: list[Child] = []
@@ -133,13 +154,15 @@ def build_caches(running: Processes, out: Path, names: list[str], report: Report
         while waiting and len(active) < 2:
             name = waiting.pop(0)
             folders = [photo_folder(out, name), "--out", out / "caches" / name]
-            arguments = ["cache", *folders, "--bundle", BUNDLE, "--threads", 1, "--device", "cpu"]
+            arguments = ["cache", *folders, "--bundle", bundle, "--threads", 1, "--device", "cpu"]
             active.append(running.start(f"cache-{name}", arguments, threads=1))
         report("photos into features", len(names) - len(waiting) - len(active), len(names))
         time.sleep(0.05)
 
 
-def run_federation(running: Processes, out: Path, sites: list[str], rounds: int, report: Report) -> None:
+def run_federation(
+    running: Processes, bundle: Path, out: Path, sites: list[str], rounds: int, report: Report
+) -> None:
     """Aggregator with its embedded broker, and one client for each site, until the last round has closed."""
     port = free_port()
     broker = f"mqtt://127.0.0.1:{port}"
@@ -147,20 +170,20 @@ def run_federation(running: Processes, out: Path, sites: list[str], rounds: int,
     rule = ["--rounds", rounds, "--clients-min", len(sites), "--out", out / "final.safetensors"]
     aggregator = running.start(
         "aggregator",
-        ["aggregator", "--bundle", BUNDLE, "--embedded", *shared, "--store", out / "aggregator", *rule],
+        ["aggregator", "--bundle", bundle, "--embedded", *shared, "--store", out / "aggregator", *rule],
         threads=1,
     )
     clients = []
     for site in sites:
         folders = ["--cache", out / "caches" / site, "--state-dir", out / "clients" / site]
-        arguments = ["client", "--bundle", BUNDLE, *folders, *shared, "--name", site]
+        arguments = ["client", "--bundle", bundle, *folders, *shared, "--name", site]
         clients.append(running.start(site, [*arguments, "--threads", 1, "--device", "cpu"], threads=1))
     running.wait(
         [aggregator, *clients], lambda: report("federated rounds", len(read_history(out)), rounds + 1)
     )
 
 
-def compare(out: Path, manifest: BundleManifest, report: Report) -> tuple[Scores, Scores]:
+def compare(bundle: Path, out: Path, manifest: BundleManifest, report: Report) -> tuple[Scores, Scores]:
     """The untuned CLIP ("a photo of a cat.", class token) and the tuned state, on the same photos."""
     report("evaluation", 0, 2)
     caches = {name: open_cache(out / "caches" / name, manifest) for name in SHARED_SETS}
@@ -170,7 +193,7 @@ def compare(out: Path, manifest: BundleManifest, report: Report) -> tuple[Scores
     text = load_file(ZERO_SHOT)["text"]
     zero_shot = {name: cache.tokens[:, 0].astype(np.float32) @ text.T for name, cache in caches.items()}
     report("evaluation", 1, 2)
-    engine = open_engine(BUNDLE, "onnx", "cpu")
+    engine = open_engine(bundle, "onnx", "cpu")
     state = load_state(out / "final.safetensors", manifest.state)
     tuned = {name: predict(engine, state, cache.tokens)[1] for name, cache in caches.items()}
     report("evaluation", 2, 2)
@@ -205,19 +228,12 @@ def score(
     )
 
 
-def tag_photos(running: Processes, out: Path, report: Report) -> None:
+def tag_photos(running: Processes, bundle: Path, out: Path, report: Report) -> None:
     """Export one tagger.onnx, with thresholds from the validation photos, and tag a folder with it."""
     report("tagger", 0, 2)
-    export = [
-        "export",
-        "--bundle",
-        BUNDLE,
-        "--state",
-        out / "final.safetensors",
-        "--out",
-        out / "tagger.onnx",
-    ]
-    running.wait([running.start("export", [*export, "--validation", out / "caches" / VALIDATION], threads=2)])
+    files = ["--state", out / "final.safetensors", "--out", out / "tagger.onnx"]
+    arguments = ["export", "--bundle", bundle, *files, "--validation", out / "caches" / VALIDATION]
+    running.wait([running.start("export", arguments, threads=2)])
     report("tagger", 1, 2)
     photos = sorted(photo_folder(out, TEST_SETS[0]).glob("*.jpg"))[:TAGGED_PHOTOS]
     arguments = ["tag", "--tagger", out / "tagger.onnx", *photos, "--out", out / "tags.jsonl"]

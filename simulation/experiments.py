@@ -51,7 +51,8 @@ class Settings:
 
     Federation: ``partition`` own (scenes: every client its own correlations), iid, dirichlet (``alpha``) or
     clusters (``clusters``); a fraction ``participation`` of the ``clients`` is chosen each round and each
-    vanishes with probability ``dropout``; ``centralised``: all photos at one client.
+    vanishes with probability ``dropout``; ``centralised``: all photos at one client. A fraction ``hostile`` of
+    the clients sends an ``attack`` (see :mod:`fedmpt.simulation.attacks`) instead of its updates.
 
     Method: what the bundle is built from; ``trained``: the groups of tensors that learn, joined by ``+``.
     """
@@ -71,11 +72,14 @@ class Settings:
     participation: float = 1.0
     dropout: float = 0.0
     centralised: bool = False
+    hostile: float = 0.0
+    attack: str = ""
     strategy: str = "uniform"
     encoding: str = "float32"
     method: str = "fedmpt-prompts"
     trained: str = ""
     tokens: str = ""
+    token_mode: str = ""
     pooling: str = ""
     tau: float = 0.0
     reg: float = 0.0
@@ -104,7 +108,10 @@ class Run:
     @property
     def key(self) -> str:
         """Names the run's result: equal settings have equal results, in whatever experiment."""
-        return hashlib.sha256(canonical_json(dataclasses.asdict(self.settings))).hexdigest()[:20]
+        fields = dataclasses.asdict(self.settings)
+        if not self.settings.attack:
+            del fields["attack"], fields["hostile"]  # nobody attacks, so it does not matter who might
+        return hashlib.sha256(canonical_json(fields)).hexdigest()[:20]
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def pooling_of(settings: Settings) -> Pooling:
 
 def bundle_folder(settings: Settings, store: Path) -> Path:
     """Where a run's bundle is kept; its graphs depend on no seed, rate or number of rounds."""
-    named = ("method", "tokens", "context", "rank", "batch_size")
+    named = ("method", "tokens", "token_mode", "context", "rank", "batch_size")
     graph = {name: getattr(settings, name) for name in named} | dataclasses.asdict(pooling_of(settings))
     clip = _clip_folder(settings)
     weights = sorted(clip.glob("*.safetensors")) if clip.is_dir() else []
@@ -205,6 +205,8 @@ def _build_bundle(settings: Settings, out: Path) -> None:
     options: dict[str, Any] = {}
     if settings.tokens:
         options["token_kind"] = settings.tokens
+    if settings.token_mode:
+        options["token_mode"] = settings.token_mode
     if settings.context:
         options |= {"condition_context": settings.context, "class_context": settings.context}
     if settings.rank:

@@ -108,13 +108,15 @@ def draw_plot(plot: Plot, rows: Rows) -> str:
             )
         if not numeric:
             axis.set_xticks(range(len(xs)), [str(x) for x in xs], rotation=30, ha="right")
-        elif len(xs) > 2 and min(xs) > 0 and max(xs) / min(xs) >= 50:
+        elif len(xs) > 2 and min(xs) > 0 and max(xs) / min(xs) > 10:
             axis.set_xscale("log")
         axis.set_xlabel(plot.x)
         axis.set_title(metric)
         axis.grid(alpha=0.3)
     if len(names) > 1:
-        axes[-1].legend(title=", ".join(plot.by), fontsize="small")
+        axes[-1].legend(
+            title=", ".join(plot.by), fontsize="small", loc="upper left", bbox_to_anchor=(1.02, 1.0)
+        )
     return _svg(figure)
 
 

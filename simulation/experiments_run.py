@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from fedmpt.aggregator.rounds import RoundSettings
 from fedmpt.aggregator.settings import FederationSettings
 from fedmpt.aggregator.strategies import StrategySettings
 from fedmpt.edge_client import metrics
-from fedmpt.edge_client.engine import Engine, open_engine
-from fedmpt.edge_client.evaluation import RECALL, predict
+from fedmpt.edge_client.engine import Engine, open_engine, predict
+from fedmpt.edge_client.evaluation import RECALL
 from fedmpt.edge_client.metrics import Pair
 from fedmpt.edge_client.trainer import SiteData
 from fedmpt.protocol.codec import State
 from fedmpt.simulation import partition
+from fedmpt.simulation.attacks import Tamper, attack, attackers
 from fedmpt.simulation.experiments import ExperimentError, Settings
 from fedmpt.simulation.experiments_data import (
     Photos,
@@ -85,6 +86,7 @@ def perform(settings: Settings, store: Path) -> Outcome:
         sites,
         federation,
         dropout=settings.dropout,
+        tamper=tampering(settings, sites),
     )
     measured = heterogeneity(photos.train.labels, shares)
     figures = {
@@ -100,6 +102,17 @@ def perform(settings: Settings, store: Path) -> Outcome:
         "curve": _curve(simulation),
         "prevalence": np.round(measured.prevalence, 3).tolist(),
     }
+
+
+def tampering(settings: Settings, clients: Collection[str]) -> Tamper | None:
+    """What the experiment's hostile clients do to their updates; None without an attack.
+
+    Raises:
+        AttackError: the attack is unknown, or the fraction out of range.
+    """
+    if not settings.attack:
+        return None
+    return attack(settings.attack, attackers(clients, settings.hostile, settings.seed), settings.seed)
 
 
 def deal(settings: Settings, photos: Photos) -> Shares:

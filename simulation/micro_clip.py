@@ -54,6 +54,7 @@ class Stage:
     learning_rate: float
     warmup: float  # share of the steps
     patch_weight: float  # of the loss on single patches
+    class_weight: float = 1.0  # of the loss on the class token
     easy_until: float = 0.0  # share of the steps on bright pictures without small objects
     anchors_until: float = 0.0  # share of the steps over which the anchors' help fades out
     photos_only: bool = False  # captions of a label alone are meant of photo-like pictures
@@ -61,12 +62,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the micro-CLIP is trained; the defaults made the shipped weights."""
+    """How the micro-CLIP is trained; docs/micro-clip.md tells how the shipped weights differ."""
 
     stages: tuple[Stage, ...] = (
         Stage(1, 3000, 3000, 1.5e-3, warmup=0.15, patch_weight=10.0, easy_until=0.2, anchors_until=0.5),
         Stage(2, 2600, 4800, 1.2e-3, warmup=0.05, patch_weight=1.0),
         Stage(3, 5000, 5000, 1.0e-3, warmup=0.02, patch_weight=2.0, photos_only=True),
+        Stage(3, 3600, 3600, 8.0e-4, warmup=0.02, patch_weight=1.0, class_weight=4.0, photos_only=True),
+        Stage(4, 2400, 2400, 6.0e-4, warmup=0.05, patch_weight=1.0, class_weight=4.0, photos_only=True),
     )
     batch: int = 64
     captions: int = 40  # of a batch's pictures, beside one caption for every label
@@ -148,7 +151,7 @@ class Trainer:
                 self.model, self.tokenizer, [c.text for c in captions], self._runs(generator)
             )
         by_patch = stage.patch_weight * self._patch_loss(images, texts, patches)
-        loss = self._image_loss(images, texts, truth) + by_patch
+        loss = self._image_loss(images, texts, truth, stage.class_weight) + by_patch
         if step < stage.anchors_until * stage.steps:
             help_of_anchors = 1 - step / (stage.anchors_until * stage.steps)
             anchors = functional.normalize(self.anchors, dim=-1)
@@ -167,11 +170,15 @@ class Trainer:
         self.step += 1
         return float(loss.detach())
 
-    def _image_loss(self, images: torch.Tensor, texts: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-        """Pair loss of the class token and of the best patch."""
+    def _image_loss(
+        self, images: torch.Tensor, texts: torch.Tensor, truth: torch.Tensor, class_weight: float = 1.0
+    ) -> torch.Tensor:
+        """Pair loss of the class token, weighted, and of the best patch."""
         scale = self.model.logit_scale
         whole = pair_loss(images[:, 0] @ texts.T, truth, scale, self.biases[0])
-        return whole + pair_loss((images[:, 1:] @ texts.T).amax(1), truth, scale, self.biases[1])
+        return class_weight * whole + pair_loss(
+            (images[:, 1:] @ texts.T).amax(1), truth, scale, self.biases[1]
+        )
 
     def _patch_loss(self, images: torch.Tensor, texts: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
         """Sigmoid loss of every patch against every label (the first texts): which object lies there."""
@@ -256,13 +263,13 @@ def main(argv: list[str] | None = None) -> int:
     out: Path = arguments.out
     scenes = [
         render_training_set(
-            out / f"scenes-{stage}",
-            pretrain_specification(stage),
+            out / f"scenes-{number}",
+            pretrain_specification(min(number, 3)),
             count,
-            stage - 1,
-            _shown(f"scenes {stage}"),
+            number - 1,
+            _shown(f"scenes {number}"),
         )
-        for stage, count in ((1, 60_000), (2, 80_000), (3, 80_000))
+        for number, count in enumerate((60_000, 80_000, 80_000, 150_000), start=1)
     ]
     train(Recipe(seed=arguments.seed), scenes, out, _shown("training"))
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,14 +10,30 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn import functional
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from fedmpt.protocol.files import write_atomically
 from fedmpt.simulation.micro_clip_captions import CONTEXT
 from fedmpt.simulation.micro_clip_tokenizer import CONTEXT_LENGTH
 from fedmpt.simulation.scenes import SIZE
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own normalisation
 STD = (0.26862954, 0.26130258, 0.27577711)
+# Written by hand: transformers' own class of this name wants torchvision since its version 5, and warns without.
+PREPROCESSOR = {
+    "crop_size": {"height": SIZE, "width": SIZE},
+    "do_center_crop": True,
+    "do_convert_rgb": True,
+    "do_normalize": True,
+    "do_rescale": True,
+    "do_resize": True,
+    "image_mean": MEAN,
+    "image_processor_type": "CLIPImageProcessor",
+    "image_std": STD,
+    "resample": 3,  # bicubic
+    "rescale_factor": 1 / 255,
+    "size": {"shortest_edge": SIZE},
+}
 WIDTH = 192  # of both towers and of the space they share
 WEIGHTS = Path(__file__).parent / "data" / "micro-clip"  # the shipped folder
 
@@ -94,12 +111,7 @@ def save_model(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None
     half.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     tokenizer.backend_tokenizer.model.save(str(folder))  # vocab.json and merges.txt, which older readers want
-    CLIPImageProcessor(
-        size={"shortest_edge": SIZE},
-        crop_size={"height": SIZE, "width": SIZE},
-        image_mean=MEAN,
-        image_std=STD,
-    ).save_pretrained(folder)
+    write_atomically(folder / "preprocessor_config.json", json.dumps(PREPROCESSOR, indent=2) + "\n")
 
 
 def load_micro_clip(folder: Path = WEIGHTS) -> tuple[CLIPModel, CLIPTokenizer]:

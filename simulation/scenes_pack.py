@@ -28,9 +28,9 @@ QUALITY = 80  # of the JPEGs: a third smaller than at 90, and zero-shot mAP chan
 _STAMP = (2026, 1, 1, 0, 0, 0)  # every entry's time, so that the archive repeats
 
 
-def demo_set() -> FederationSet:
+def demo_set(seed: int = DEMO_SEED) -> FederationSet:
     """The federation that the demo runs."""
-    return federation_set(DEMO_SEED, photos=DEMO_PHOTOS)
+    return federation_set(seed, photos=DEMO_PHOTOS)
 
 
 def folders(federation: FederationSet) -> Iterator[tuple[str, SceneSet]]:
@@ -51,9 +51,9 @@ def pixel_digest(federation: FederationSet) -> str:
     return digest.hexdigest()
 
 
-def build_pack(path: Path = PACK) -> None:
-    """Draw the demo's federation and write the pack and its description."""
-    federation = demo_set()
+def build_pack(path: Path = PACK, seed: int = DEMO_SEED) -> None:
+    """Draw the demo's federation, or another of its kind, and write the pack and its description."""
+    federation = demo_set(seed)
     pairs = {name: [list(pair) for pair in planted] for name, planted in federation.plan.pairs.items()}
     labels = federation.plan.decorrelated.labels
     with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:

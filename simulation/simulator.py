@@ -23,6 +23,7 @@ from fedmpt.protocol.codec import State, encode_update
 from fedmpt.protocol.errors import FedmptError
 from fedmpt.protocol.manifest import BundleManifest
 from fedmpt.protocol.messages import Presence, to_json
+from fedmpt.simulation.attacks import Tamper
 
 Progress = Callable[[int, "int | None"], None]
 
@@ -58,6 +59,7 @@ def simulate(
     settings: FederationSettings,
     *,
     dropout: float = 0.0,
+    tamper: Tamper | None = None,
     store: Path | None = None,
     progress: Progress | None = None,
 ) -> Simulation:
@@ -70,6 +72,7 @@ def simulate(
         sites: the clients' photos by client name; views of one cache cost no memory.
         settings: what an operator chooses; the deadline is the simulator's.
         dropout: the probability with which a chosen client vanishes for the round; drawn from the seed.
+        tamper: what becomes of each update before it is sent, for experiments with hostile clients.
         store: a folder in which every accepted update and every round is kept, and from which an interrupted
             simulation goes on; None keeps all in memory.
         progress: called with (trainings done, trainings in all) of this call; those that drop out count.
@@ -99,7 +102,7 @@ def simulate(
             answered = 0
             for client in opened.chosen:
                 if not _drops_out(dropout, bundle.training.seed, client, opened.number, fruitless):
-                    payload = answer(engine, federation, client, sites[client])
+                    payload = answer(engine, federation, client, sites[client], tamper)
                     receipt = federation.receive(opened.number, client, payload)
                     if receipt is None or receipt.status not in ("accepted", "duplicate"):
                         reason = receipt.reason if receipt else "it is muted"
@@ -117,7 +120,9 @@ def simulate(
         return Simulation(federation.state, memory.history())
 
 
-def answer(engine: Engine, federation: Federation, client: str, data: SiteData) -> bytes:
+def answer(
+    engine: Engine, federation: Federation, client: str, data: SiteData, tamper: Tamper | None = None
+) -> bytes:
     """What a client publishes in the open round: its trained (or calibrated) update, encoded."""
     opened = federation.round
     update = answer_round(
@@ -129,7 +134,7 @@ def answer(engine: Engine, federation: Federation, client: str, data: SiteData) 
         round_number=opened.number,
         client=client,
     )
-    return encode_update(update, federation.manifest.encoding)
+    return encode_update(tamper(update) if tamper else update, federation.manifest.encoding)
 
 
 def _drops_out(probability: float, seed: int, client: str, round_number: int, attempt: int) -> bool:

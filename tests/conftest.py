@@ -215,27 +215,52 @@ def write_tokenizer(folder: Path) -> int:
     return len(vocabulary)
 
 
-class Mosquitto:
-    """A real broker on a free loopback port; ``start`` again after ``kill`` keeps port and retained messages."""
+def find_free_port() -> int:
+    """A TCP port on loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
-    def __init__(self, folder: Path, options: str = "") -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
+
+@pytest.fixture(scope="session")
+def free_port() -> Callable[[], int]:
+    """``find_free_port``, for tests that start a server of their own."""
+    return find_free_port
+
+
+@pytest.fixture(scope="session")
+def mosquitto_program() -> str:
+    """The path of mosquitto; the test is skipped where it is not installed."""
+    if MOSQUITTO is None:
+        pytest.skip("mosquitto is not installed (apt install mosquitto)")
+    return MOSQUITTO
+
+
+class Mosquitto:
+    """A real broker on a free loopback port; ``start`` again after ``kill`` keeps the port.
+
+    It keeps sessions and retained messages too if it is ``persistent``.
+    """
+
+    def __init__(self, program: str, folder: Path, options: str, persistent: bool) -> None:
+        self.port = find_free_port()
         self.url = f"mqtt://127.0.0.1:{self.port}"
+        self.configuration = folder / "mosquitto.conf"
+        self._program = program
         self._log = folder / "mosquitto.log"
-        self._configuration = folder / "mosquitto.conf"
+        if persistent:
+            options += f"\npersistence true\npersistence_location {folder}/\nautosave_interval 1\n"
+            options += "autosave_on_changes true"
         # As root, mosquitto changes to an account that cannot read the test's private folder.
-        self._configuration.write_text(
+        self.configuration.write_text(
             f"listener {self.port} 127.0.0.1\nallow_anonymous true\nuser {getpass.getuser()}\n"
-            f"persistence true\npersistence_location {folder}/\nautosave_interval 1\n"
-            f"autosave_on_changes true\nlog_dest file {self._log}\n{options}\n"
+            f"log_dest file {self._log}\n{options}\n"
         )
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Start and wait until it accepts connections."""
-        self._process = subprocess.Popen([str(MOSQUITTO), "-c", str(self._configuration)])
+        self._process = subprocess.Popen([self._program, "-c", str(self.configuration)])
         for _ in range(200):
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
                 return
@@ -250,14 +275,12 @@ class Mosquitto:
 
 
 @pytest.fixture
-def start_mosquitto(tmp_path: Path) -> Iterator[Callable[..., Mosquitto]]:
+def start_mosquitto(tmp_path: Path, mosquitto_program: str) -> Iterator[Callable[..., Mosquitto]]:
     """Starts a mosquitto, with lines for its configuration where wanted; killed after the test."""
-    if MOSQUITTO is None:
-        pytest.skip("mosquitto is not installed")
     with contextlib.ExitStack() as running:
 
-        def start(options: str = "") -> Mosquitto:
-            broker = Mosquitto(tmp_path, options)
+        def start(options: str = "", *, persistent: bool = True) -> Mosquitto:
+            broker = Mosquitto(mosquitto_program, tmp_path, options, persistent)
             running.callback(broker.kill)
             broker.start()
             return broker

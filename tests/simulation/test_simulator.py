@@ -17,8 +17,9 @@ from fedmpt.edge_client.cache import build_cache, open_cache
 from fedmpt.edge_client.datasets import LabelledPhoto
 from fedmpt.edge_client.engine import Engine, open_engine
 from fedmpt.edge_client.trainer import SiteData, calibrate, train_round
-from fedmpt.protocol.codec import State, load_state, state_digest
+from fedmpt.protocol.codec import State, Update, load_state, state_digest
 from fedmpt.protocol.manifest import BundleManifest, load_manifest
+from fedmpt.simulation.attacks import ATTACKS, AttackError, attack, attackers
 from fedmpt.simulation.processes import processes
 from fedmpt.simulation.simulator import Simulation, SimulationError, simulate
 
@@ -217,3 +218,41 @@ def test_the_final_state_equals_that_of_real_processes_over_a_broker(
             commands.append(running.start(name, [*arguments, "--device", "cpu"], threads=1))
         running.wait(commands, lambda: None)
     assert state_digest(load_state(final, bundle.state)) == state_digest(simulated.state)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_an_attack_changes_the_hostile_clients_updates_alone(name: str) -> None:
+    hostile = attackers(["a", "b", "c", "d"], 0.5, seed=3)
+    assert len(hostile) == 2
+    tamper = attack(name, hostile, seed=3)
+    honest = {"x": np.array([3.0, 4.0], np.float32), "scale": np.array(0.5, np.float32)}
+    for client in ("a", "b", "c", "d"):
+        update = Update("test", 1, client, "0" * 64, 10, 0, {}, honest)
+        sent = tamper(update).difference
+        if client not in hostile:
+            assert sent is honest
+            continue
+        assert {key: value.shape for key, value in sent.items()} == {"x": (2,), "scale": ()}
+        cosine = float(sent["x"] @ honest["x"]) / (5 * float(np.linalg.norm(sent["x"])))
+        assert {"sign-flip": cosine < -0.999, "scaling": cosine > 0.999, "noise": True}[name]
+        assert np.array_equal(tamper(update).difference["x"], sent["x"]), "the same lie every time"
+
+
+def test_hostile_clients_move_the_average_and_not_the_median(
+    engine: Engine, bundle: BundleManifest, initial: State
+) -> None:
+    sites = some_sites(bundle, 5)
+    moved = {}
+    for strategy in ("uniform", "median"):
+        chosen = dataclasses.replace(settings(bundle, rounds=1), strategy=StrategySettings(strategy))
+        honest, poisoned = (
+            simulate(engine, bundle, initial, sites, chosen, tamper=tamper).state
+            for tamper in (None, attack("sign-flip", {"site-0"}, 0))
+        )
+        moved[strategy] = max(float(np.abs(honest[key] - poisoned[key]).max()) for key in honest)
+    assert moved["median"] < moved["uniform"] / 5
+
+
+def test_an_unknown_attack_is_refused() -> None:
+    with pytest.raises(AttackError, match="choose sign-flip, scaling, noise"):
+        attack("flattery", {"a"}, 0)
