@@ -14,7 +14,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 # Units where more is better; every other unit counts time, bytes or memory.
-RATES = ("/s", "per second", "FLOP/s")
+RATES = ("/s", "per second", "FLOP/s", "score")
 LEAST = 0.01  # a difference worth naming, as a share of the older median
 
 

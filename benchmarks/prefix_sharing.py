@@ -46,7 +46,7 @@ def main() -> None:
 
 def measure(labels: int, conditions: int, layers: int, repeats: int, plain: bool) -> list[Row]:
     """The ways of one size in turn."""
-    case = Case.make(labels, conditions, layers, photos=0)
+    case = Case.make(labels, conditions, layers, photos=1)
     upstream = torch.randn(conditions, labels, 512, generator=torch.Generator().manual_seed(2))
 
     def run(encode: Callable[[dict[str, Tensor]], Tensor]) -> dict[str, Tensor]:

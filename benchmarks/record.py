@@ -142,7 +142,7 @@ def print_rows(title: str, rows: Sequence[Row]) -> None:
             row.against,
             "" if row.floor is None else f"{row.floor / row.median:.0%}",
         )
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    Console(width=None if sys.stdout.isatty() else 160, markup=False).print(table)
 
 
 def device() -> dict[str, Any]:

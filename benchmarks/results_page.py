@@ -1,7 +1,8 @@
-"""Write ``docs/results.md`` and its plots from the newest record of each benchmark.
+"""Write ``docs/results.md`` and its plots from the newest records of each benchmark.
 
 ``python benchmarks/results_page.py``. The page says nothing that is not in a record; the same records give
-the same page.
+the same page. A benchmark may be run in parts: an older record is shown too where no newer one measured any of
+its cases at the same size.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from suite import SUITE, Benchmark
 from fedmpt.protocol.files import write_atomically
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+Records = Sequence[Mapping[str, Any]]
 FOLDED = 24  # longer tables are folded away, behind their plots
 INTRODUCTION = """# Measured results
 
@@ -49,30 +51,43 @@ def main() -> None:
     print(f"{DOCS / 'results.md'}: {len(records)} of {len(SUITE)} benchmarks, {len(drawn)} plots")
 
 
-def newest_records(folder: Path) -> dict[str, Mapping[str, Any]]:
-    """The last record of every benchmark of the suite that has one."""
+def newest_records(folder: Path) -> dict[str, Records]:
+    """Of every benchmark of the suite its last record and what that left unmeasured, oldest first."""
     found = {}
     for benchmark in SUITE:
         path = folder / f"{benchmark.name}.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        if lines:
-            found[benchmark.name] = json.loads(lines[-1])
+        shown: list[Mapping[str, Any]] = []
+        measured: set[str] = set()
+        for line in reversed(path.read_text().splitlines() if path.exists() else []):
+            record = json.loads(line)
+            cases = {json.dumps([row["name"], row["parameters"]], sort_keys=True) for row in record["rows"]}
+            if measured.isdisjoint(cases):
+                shown.insert(0, record)
+                measured |= cases
+        if shown:
+            found[benchmark.name] = shown
     return found
 
 
-def all_charts(records: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
+def all_charts(records: Mapping[str, Records]) -> list[Chart]:
     """Every plot of the page."""
     known = [benchmark for benchmark in SUITE if benchmark.name in records]
-    return [chart for benchmark in known for chart in charts(records[benchmark.name], benchmark.grows)]
+    return [chart for benchmark in known for chart in charts_of(benchmark, records[benchmark.name])]
 
 
-def render(records: Mapping[str, Mapping[str, Any]], docs: Path) -> str:
+def charts_of(benchmark: Benchmark, records: Records) -> list[Chart]:
+    """A benchmark's plots, over the sizes of all its records."""
+    rows = [row for record in records for row in record["rows"]]
+    return charts({**records[-1], "rows": rows}, benchmark.grows)
+
+
+def render(records: Mapping[str, Records], docs: Path) -> str:
     """The page; ``docs`` is the folder whose ``results/`` holds the experiments that are linked."""
     sections = [INTRODUCTION.strip(), *experiments(docs)]
     for benchmark in SUITE:
         sections += [f"## {benchmark.title}", benchmark.compares]
-        record = records.get(benchmark.name)
-        sections += section(benchmark, record) if record else ["Not measured yet."]
+        known = records.get(benchmark.name)
+        sections += section(benchmark, known) if known else ["Not measured yet."]
     return "\n\n".join(sections) + "\n"
 
 
@@ -89,13 +104,19 @@ def experiments(docs: Path) -> list[str]:
     return ["## What the method achieves", "\n".join(links) or "Not measured yet."]
 
 
-def section(benchmark: Benchmark, record: Mapping[str, Any]) -> list[str]:
-    """How it was measured, plots, table and notes of one record."""
-    plots = [f"![{chart.title}](results/plots/{chart.name}.svg)" for chart in charts(record, benchmark.grows)]
+def section(benchmark: Benchmark, records: Records) -> list[str]:
+    """The plots, and of each record how it was measured, table and notes."""
+    drawn = charts_of(benchmark, records)
+    plots = [f"![{chart.title}](results/plots/{chart.name}.svg)" for chart in drawn]
+    return plots + [text for record in records for text in part(record)]
+
+
+def part(record: Mapping[str, Any]) -> list[str]:
+    """How one record was measured, its table and notes."""
     rows = table(record["rows"])
     if len(record["rows"]) > FOLDED:
         rows = [f"<details><summary>All {len(record['rows'])} rows</summary>", *rows, "</details>"]
-    return [how(record), *plots, *rows, *notes(record["notes"])]
+    return [how(record), *rows, *notes(record["notes"])]
 
 
 def notes(text: str) -> list[str]:

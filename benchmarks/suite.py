@@ -72,6 +72,13 @@ SUITE = (
         "Disk, import time, memory and bytes of a site's client in a fresh environment with the `cpu` extra.",
     ),
     Benchmark(
+        "demo",
+        "The demo",
+        "`fedmpt demo` as a whole: time, memory of all its processes together, and what the federation achieves on "
+        "pictures that no site has; one sample a seed.",
+        packages=("onnxruntime", "psutil"),
+    ),
+    Benchmark(
         "codec",
         "Bytes on the wire",
         "Updates and states as the protocol encodes them, against the same tensors as a pickled PyTorch state dict.",
@@ -93,6 +100,13 @@ SUITE = (
         grows=("C",),
         packages=("torch", "triton"),
         gpu=True,
+    ),
+    Benchmark(
+        "kernel_resources",
+        "Kernels on the chip",
+        "What the Triton kernels need of compute capability 8.0, 8.7 (Jetson Orin) and 9.0, as ptxas tells without a "
+        "GPU: the most that any configuration that can be chosen takes of registers, shared memory and spills.",
+        packages=("torch", "triton"),
     ),
 )
 

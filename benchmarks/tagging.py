@@ -3,7 +3,7 @@
 ``python benchmarks/tagging.py``: ViT-B/16's shapes, random weights, 20 labels, 5 conditions, all cores.
 
 - ONNX Runtime alone runs the bare image encoder on tensors that are ready in memory; ``fedmpt tag`` decodes files.
-- transformers is the loop one would write: open the files, ``CLIPImageProcessor``, ``CLIPModel.get_image_features``,
+- transformers is the loop one would write: open the files, ``CLIPImageProcessorPil``, ``CLIPModel.get_image_features``,
   similarity to text features that were encoded once; the same files, batch and threads.
 - The head (transport, gate, sigmoid) is timed on ready tokens, against the whole tagger on ready pixels.
 - int8 is the file that ``fedmpt export --precision int8`` writes.
@@ -143,7 +143,7 @@ def transformers_loop(photos: Sequence[Path], batch_size: int) -> Callable[[], N
             text_config={"num_hidden_layers": 1, "vocab_size": 512, "bos_token_id": 1, "eos_token_id": 2},
         )
     ).eval()
-    processor = transformers.CLIPImageProcessor()
+    processor = transformers.CLIPImageProcessorPil()
     text = torch.nn.functional.normalize(torch.randn(len(LABELS), 512), dim=-1)
 
     @torch.inference_mode()

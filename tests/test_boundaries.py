@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from fedmpt.cli.main import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 WATCHED = {"torch", "triton", "transformers", "onnx", "onnxruntime"}
@@ -70,8 +73,19 @@ def test_the_check_sees_an_import_inside_a_function() -> None:
 @pytest.mark.parametrize("folder", sorted(FOLDERS - {"cli", "kernels"}))
 def test_importing_a_package_loads_nothing_heavy(folder: str) -> None:
     code = f"import sys, fedmpt.{folder}; print(*sorted(set(sys.modules) & {WATCHED!r}))"
-    output = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    output = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True)
     assert output.stdout.split() == []
+
+
+def test_every_module_stands_in_the_table_of_the_architecture() -> None:
+    table = (ROOT / "docs" / "architecture.md").read_text().split("| module | offers |")[1].split("\n\n")[0]
+    listed = set()
+    for row in table.splitlines():
+        names = re.findall(r"`([\w/]+\.py)`", row.split("|")[1]) if "|" in row else []
+        listed |= {name if "/" in name else f"{Path(names[0]).parent}/{name}" for name in names}
+    commands = {f"cli/{name}.py" for name in COMMANDS}
+    modules = {str(path.relative_to(ROOT)) for folder in FOLDERS for path in (ROOT / folder).glob("[!_]*.py")}
+    assert listed == modules - commands
 
 
 def test_every_folder_with_modules_is_packaged() -> None:

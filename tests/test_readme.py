@@ -8,11 +8,10 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
-import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 PHOTOS = Path(os.environ.get("FEDMPT_PHOTOS", ROOT.parent / "shared" / "photos"))
-MOSQUITTO = shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin")
 SECONDS = 280
 
 
@@ -50,18 +48,17 @@ def test_every_link_of_the_readme_leads_somewhere() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (PHOTOS / "voc").is_dir(), reason=f"no photographs at {PHOTOS}; set FEDMPT_PHOTOS")
-@pytest.mark.skipif(MOSQUITTO is None, reason="mosquitto is not installed")
-def test_the_run_on_real_photos(tmp_path: Path, tiny_clip: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def test_the_run_on_real_photos(
+    tmp_path: Path, tiny_clip: Path, mosquitto_program: str, free_port: Callable[[], int]
+) -> None:
+    port = free_port()
     substitutions = {
         "openai/clip-vit-base-patch16": str(tiny_clip),
         "broker.example:8883": f"localhost:{port}",
         "--host broker.example": f"--host localhost --port {port}",
         "--rounds 10": "--rounds 2",
         # As root, mosquitto changes to an account that cannot read the test's private folder.
-        "mosquitto -c": f"echo user root >> certs/mosquitto.conf; {MOSQUITTO} -c",
+        "mosquitto -c": f"echo user root >> certs/mosquitto.conf; {mosquitto_program} -c",
         # Only the broker outlives the run; everything else is waited for.
         "wait\n": "wait $AGGREGATOR $NORTH $SOUTH\n",
         "--out final.safetensors &": "--out final.safetensors & AGGREGATOR=$!",

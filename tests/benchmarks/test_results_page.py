@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -61,11 +62,24 @@ def test_the_plots_are_those_of_the_records() -> None:
 def test_only_the_newest_record_counts(tmp_path: Path) -> None:
     lines = [json.dumps(a_record(commit=commit)) for commit in ("older", "newer")]
     (tmp_path / "codec.jsonl").write_text("\n".join(lines) + "\n")
-    assert results_page.newest_records(tmp_path)["codec"]["commit"] == "newer"
+    assert [known["commit"] for known in results_page.newest_records(tmp_path)["codec"]] == ["newer"]
+
+
+def test_sizes_that_were_measured_on_their_own_are_shown_together(tmp_path: Path) -> None:
+    few, many = a_record(), a_record(commit="another")
+    many["rows"] = [row | {"parameters": {"labels": 1000, "batch": 32}} for row in many["rows"][:1]]
+    (tmp_path / "codec.jsonl").write_text(json.dumps(few) + "\n" + json.dumps(many) + "\n")
+    records = results_page.newest_records(tmp_path)
+    page = results_page.render(records, tmp_path)
+    assert "0123456789ab" in page
+    assert "another" in page
+    codec = next(benchmark for benchmark in results_page.SUITE if benchmark.name == "codec")
+    (chart,) = results_page.charts_of(dataclasses.replace(codec, grows=("labels",)), records["codec"])
+    assert len(chart.curves[0].points) == 4
 
 
 def test_what_has_no_record_is_said_to_be_unmeasured(tmp_path: Path) -> None:
-    page = results_page.render({"codec": a_record()}, tmp_path)
+    page = results_page.render({"codec": [a_record()]}, tmp_path)
     assert page.count("Not measured yet.") == len(
         results_page.SUITE
     )  # all but the codec, and the experiments
@@ -138,11 +152,11 @@ def test_a_plot_repeats_to_the_byte_and_carries_its_digest() -> None:
 
 
 def test_a_long_table_is_folded_away_behind_its_plots() -> None:
-    parts = results_page.section(results_page.SUITE[0], a_record(rows=a_record()["rows"] * 10))
+    parts = results_page.section(results_page.SUITE[0], [a_record(rows=a_record()["rows"] * 10)])
     assert [part for part in parts if part.startswith("<details>")] == [
         "<details><summary>All 30 rows</summary>"
     ]
-    assert parts[1].startswith("![s over labels](results/plots/")
+    assert parts[0].startswith("![s over labels](results/plots/")
 
 
 @pytest.mark.parametrize(
