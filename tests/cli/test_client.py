@@ -33,11 +33,11 @@ FEDMPT = [sys.executable, "-c", "import sys; from fedmpt.cli import main; sys.ex
 
 @pytest.fixture(scope="module")
 def bundle(tiny_bundle, tmp_path_factory):
-    """The tiny bundle with so many epochs that a round takes a second or two and can be interrupted."""
+    """The tiny bundle with so many epochs that a round outlasts several checkpoints, also on a fast machine."""
     folder = tmp_path_factory.mktemp("bundle") / "tiny"
     shutil.copytree(tiny_bundle, folder)
     manifest = load_manifest(folder)
-    training = dataclasses.replace(manifest.training, epochs=300, rounds=1, learning_rate=1e-3)
+    training = dataclasses.replace(manifest.training, epochs=1500, rounds=1, learning_rate=1e-3)
     save_manifest(folder, dataclasses.replace(manifest, training=training))
     return folder
 
