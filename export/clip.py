@@ -6,8 +6,11 @@ Any Hugging Face ``CLIPModel`` folder or hub name serves. The towers become plai
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,13 +72,14 @@ def load_clip(source: str, licence: str | None = None) -> ClipCheckpoint:
         licence: of the weights; taken from the checkpoint's model card if not given.
 
     Raises:
-        CheckpointError: no such folder or name, hub unreachable, not a CLIP model, weights missing, or an
-            architecture or tokenizer that this loader does not know.
+        CheckpointError: no such folder or name, hub unreachable, not a CLIP model, a file missing or damaged,
+            weights that do not fit config.json, or an architecture or tokenizer that this loader does not know.
     """
     import transformers as untyped
 
     transformers: Any = untyped  # its annotations miss what from_pretrained returns
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # no table of weights that do not fit: a line below says it
     folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise CheckpointError(f"{source}: no config.json in it; give a Hugging Face CLIPModel folder")
@@ -83,45 +87,71 @@ def load_clip(source: str, licence: str | None = None) -> ClipCheckpoint:
         raise CheckpointError(
             f"{source}: no such folder; give a CLIPModel folder or a hub name like owner/model"
         )
-    try:
+    with _loading(source, "config.json"):
         config = transformers.AutoConfig.from_pretrained(source)
-        if config.model_type != "clip":
-            raise CheckpointError(
-                f"{source}: holds a {config.model_type} model; only CLIPModel checkpoints serve"
-            )
+    if config.model_type != "clip":
+        raise CheckpointError(
+            f"{source}: holds a {config.model_type} model; only CLIPModel checkpoints serve"
+        )
+    with _loading(source, "its file of weights (model.safetensors)"):
         model, report = transformers.CLIPModel.from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True
+            source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        preprocessing = _preprocessing(source)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        hint = (
-            "complete the folder" if folder.is_dir() else "check the name and the network, or give a folder"
-        )
-        raise CheckpointError(f"{source}: cannot be loaded ({reason}); {hint}") from error
     if report["missing_keys"]:
         raise CheckpointError(
             f"{source}: weights are missing ({min(report['missing_keys'])}, …); complete it"
         )
+    if report["mismatched_keys"]:
+        weight, found, wanted = min(report["mismatched_keys"])
+        raise CheckpointError(
+            f"{source}: the weights do not fit config.json, which wants {weight} of shape {list(wanted)}, "
+            f"not {list(found)}; take both from one checkpoint"
+        )
+    with _loading(source, "its tokenizer (vocab.json and merges.txt, or tokenizer.json)"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    mean, std = _preprocessing(source)
+    with _loading(source, "README.md"):
+        licence = licence or _licence(source)
     return checkpoint_of(
         model,
         tokenizer,
         name=folder.name if folder.is_dir() else source,
-        licence=licence or _licence(source),
-        mean=preprocessing[0],
-        std=preprocessing[1],
+        licence=licence,
+        mean=mean,
+        std=std,
     )
 
 
-def _preprocessing(source: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    from transformers.image_processing_base import ImageProcessingMixin
-
+@contextmanager
+def _loading(source: str, part: str) -> Iterator[None]:
+    """Name the part that cannot be loaded, whatever went wrong: loaders raise even bare ``Exception``s."""
     try:
-        values: dict[str, Any] = ImageProcessingMixin.get_image_processor_dict(source)[0]
-    except OSError:
-        values = {}
-    return tuple(values.get("image_mean", CLIP_MEAN)), tuple(values.get("image_std", CLIP_STD))
+        yield
+    except Exception as error:
+        reason = textwrap.shorten(str(error), 200, placeholder=" …") or type(error).__name__
+        hint = "restore it" if Path(source).is_dir() else "check the name and the network, or give a folder"
+        raise CheckpointError(f"{source}: {part} cannot be loaded ({reason}); {hint}") from error
+
+
+def _preprocessing(source: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the channels; the published CLIP's where no file names them."""
+    from transformers.utils.hub import cached_file
+
+    mean, std = CLIP_MEAN, CLIP_STD
+    for name in ("preprocessor_config.json", "processor_config.json"):  # some have them in the second
+        with _loading(source, name):
+            path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+            if path is not None:
+                settings = json.loads(Path(path).read_text(encoding="utf-8"))
+                settings = settings.get("image_processor", settings)
+                mean = _channels(settings.get("image_mean", mean))
+                std = _channels(settings.get("image_std", std))
+    return mean, std
+
+
+def _channels(values: Sequence[float]) -> tuple[float, float, float]:
+    red, green, blue = map(float, values)
+    return red, green, blue
 
 
 def _licence(source: str) -> str:
@@ -154,6 +184,15 @@ def checkpoint_of(
         raise CheckpointError(f"{name}: the image size is no multiple of the patch size; no known CLIP is so")
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
         raise CheckpointError(f"{name}: the tokenizer has no start or end token; it is not a CLIP tokenizer")
+
+    def tokenize(words: str) -> list[int]:
+        return list(tokenizer(words, add_special_tokens=False).input_ids)
+
+    # transformers makes a tokenizer of no words at all where the files of the vocabulary are missing.
+    if set(tokenize("photo")) <= {tokenizer.bos_token_id, tokenizer.eos_token_id}:
+        raise CheckpointError(
+            f"{name}: its tokenizer knows no words; add vocab.json and merges.txt, or tokenizer.json"
+        )
     vision_spec, text_spec = _spec(config.vision_config), _spec(config.text_config)
     vision = towers.take_layers(weights, "vision_model", vision_spec) | {
         "class": weights["vision_model.embeddings.class_embedding"],
@@ -184,7 +223,7 @@ def checkpoint_of(
         text=text,
         text_spec=text_spec,
         token_embedding=weights["text_model.embeddings.token_embedding.weight"],
-        tokenize=lambda words: list(tokenizer(words, add_special_tokens=False).input_ids),
+        tokenize=tokenize,
         start=tokenizer.bos_token_id,
         end=tokenizer.eos_token_id,
     )

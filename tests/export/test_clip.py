@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -134,7 +135,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
 def test_an_unreachable_hub_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
-        CheckpointError, match=r"nobody/nothing: cannot be loaded.*check the name and the network"
+        CheckpointError, match=r"nobody/nothing: config.json cannot be loaded.*check the name and the network"
     ):
         load_clip("nobody/nothing")
 
@@ -152,6 +153,79 @@ def test_missing_weights_are_never_made_up(tiny_clip: Path, tmp_path: Path) -> N
     del weights["visual_projection.weight"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"weights are missing \(visual_projection.weight"):
+        load_clip(str(folder))
+
+
+@pytest.mark.parametrize("size", [0, 1000, -1000])
+def test_a_truncated_file_of_weights_is_named(tiny_clip: Path, tmp_path: Path, size: int) -> None:
+    folder = shutil.copytree(tiny_clip, tmp_path / "clip")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:size])
+    with pytest.raises(
+        CheckpointError, match=r"clip: its file of weights \(model\.safetensors\) cannot.*restore"
+    ):
+        load_clip(str(folder))
+
+
+def test_weights_of_another_configuration_are_refused_in_one_line(
+    tiny_clip: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    folder = shutil.copytree(tiny_clip, tmp_path / "clip")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "projection_dim": 16}))
+    wanted = (
+        r"config\.json, which wants text_projection\.weight of shape \[16, 32\], not \[24, 32\]; take both"
+    )
+    with pytest.raises(CheckpointError, match=wanted):
+        load_clip(str(folder))
+    assert not caplog.records
+
+
+def test_an_impossible_configuration_is_named(tiny_clip: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_clip, tmp_path / "clip")
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["num_attention_heads"] = 5
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be loaded.*not a multiple.*restore it"):
+        load_clip(str(folder))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"image_mean": [0.5, 0.5]}', '{"image_std": "abc"}'])
+def test_a_damaged_preprocessor_file_is_named(tiny_clip: Path, tmp_path: Path, content: str) -> None:
+    folder = shutil.copytree(tiny_clip, tmp_path / "clip")
+    (folder / "preprocessor_config.json").write_text(content)
+    with pytest.raises(
+        CheckpointError, match=r"clip: preprocessor_config\.json cannot be loaded .*restore it"
+    ):
+        load_clip(str(folder))
+
+
+def test_statistics_may_stand_in_the_processor_file(tiny_clip: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_clip, tmp_path / "clip")
+    (folder / "preprocessor_config.json").unlink()
+    processor = {"image_processor": {"image_mean": [0.1, 0.2, 0.3]}}
+    (folder / "processor_config.json").write_text(json.dumps(processor))
+    assert load_clip(str(folder)).image_mean == (0.1, 0.2, 0.3)
+
+
+def test_a_folder_without_a_vocabulary_is_refused(tiny_clip: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_clip, tmp_path / "clip")
+    (folder / "vocab.json").unlink()
+    (folder / "merges.txt").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"clip: its tokenizer knows no words; add vocab\.json and merges"
+    ):
+        load_clip(str(folder))
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
+def test_a_damaged_vocabulary_is_named(tiny_clip: Path, tmp_path: Path, name: str) -> None:
+    folder = shutil.copytree(tiny_clip, tmp_path / "clip")
+    (folder / name).write_bytes(b"\xff")
+    with pytest.raises(
+        CheckpointError, match=r"its tokenizer \(vocab\.json and merges\.txt, or .* restore it"
+    ):
         load_clip(str(folder))
 
 
