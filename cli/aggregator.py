@@ -21,6 +21,7 @@ from fedmpt.aggregator.server import connect, serve
 from fedmpt.aggregator.settings import MAXIMUM_NORM, MAXIMUM_SAMPLES, FederationSettings
 from fedmpt.aggregator.store import Store
 from fedmpt.aggregator.strategies import STRATEGIES, StrategySettings
+from fedmpt.cli.failures import require_writable
 from fedmpt.cli.logs import show_logs
 from fedmpt.cli.options import OptionsError, add_broker_options, allow_config, broker_address, resolve
 from fedmpt.cli.signals import stop_on
@@ -187,6 +188,8 @@ def run(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments, bundle)
     initial = load_state(arguments.bundle / "state.safetensors", bundle.state)
     folder = arguments.store or Path(f"fedmpt-{settings.name}-store")
+    out = arguments.out or folder / "final.safetensors"
+    require_writable(out)
     with contextlib.ExitStack() as stack:
         interrupted = stack.enter_context(stop_on(signal.SIGTERM, signal.SIGINT))
         store = stack.enter_context(Store(folder))
@@ -231,7 +234,6 @@ def run(arguments: argparse.Namespace) -> int:
             "metrics": federation.status(time.time()).metrics,
         }
         if finished:
-            out = arguments.out or folder / "final.safetensors"
             provenance = {
                 "federation": settings.name,
                 "method": bundle.method,

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from fedmpt.aggregator.certificates import (
@@ -60,22 +63,38 @@ def run(arguments: argparse.Namespace) -> int:
             )
     folder = arguments.out.resolve()
     now = datetime.datetime.now(datetime.timezone.utc)
-    make_authority(folder, arguments.federation, now)
     written = []
-    for name in ["broker", "aggregator", "operator", "doctor", *arguments.client]:
-        if (folder / f"{name}.pem").exists():
-            continue
-        hosts = arguments.host if name == "broker" else ()
-        written.append(str(issue_certificate(folder, name, now, days=arguments.days, hosts=hosts)))
-    persistence = folder / "persistence"
-    persistence.mkdir(exist_ok=True)
-    configuration = mosquitto_configuration(folder, arguments.port, persistence)
-    write_atomically(folder / "mosquitto.conf", configuration)
-    write_atomically(folder / "mosquitto.acl", mosquitto_acl(arguments.federation))
-    written += [str(folder / "mosquitto.conf"), str(folder / "mosquitto.acl")]
+    with _all_or_nothing(folder):
+        make_authority(folder, arguments.federation, now)
+        for name in ["broker", "aggregator", "operator", "doctor", *arguments.client]:
+            if (folder / f"{name}.pem").exists():
+                continue
+            hosts = arguments.host if name == "broker" else ()
+            written.append(str(issue_certificate(folder, name, now, days=arguments.days, hosts=hosts)))
+        persistence = folder / "persistence"
+        persistence.mkdir(exist_ok=True)
+        configuration = mosquitto_configuration(folder, arguments.port, persistence)
+        write_atomically(folder / "mosquitto.conf", configuration)
+        write_atomically(folder / "mosquitto.acl", mosquitto_acl(arguments.federation))
+        written += [str(folder / "mosquitto.conf"), str(folder / "mosquitto.acl")]
     if arguments.json:
         print(json.dumps({"written": written}))
     else:
         print(*written, sep="\n")
         print(f"Start the broker with: mosquitto -c {folder / 'mosquitto.conf'}")
     return 0
+
+
+@contextlib.contextmanager
+def _all_or_nothing(folder: Path) -> Iterator[None]:
+    """Take away what the block has made in the folder if it fails: half a key pair would be in the next run's way."""
+    before = set(folder.glob("*"))
+    try:
+        yield
+    except BaseException:
+        for path in set(folder.glob("*")) - before:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        raise

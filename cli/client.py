@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from fedmpt.cli.failures import require_writable
 from fedmpt.cli.logs import show_logs
 from fedmpt.cli.options import OptionsError, add_broker_options, allow_config, broker_address, resolve
 from fedmpt.cli.progress import progress_bar
@@ -89,6 +90,8 @@ def run(arguments: argparse.Namespace) -> int:
     with stop_on(signal.SIGTERM) as stop:
         check_name("federation", arguments.federation)
         check_name("client", arguments.name)
+        if arguments.out:
+            require_writable(arguments.out)
         if arguments.nice:
             os.nice(arguments.nice)
         manifest = load_manifest(arguments.bundle)

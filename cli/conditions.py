@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from fedmpt.cli.bundle import read_lines
+from fedmpt.cli.failures import require_writable
 from fedmpt.cli.progress import progress_bar
 from fedmpt.export.conditions import DEFAULT_CONDITIONS, ConditionsError, Endpoint, derive_conditions
 from fedmpt.protocol.files import write_atomically
@@ -38,6 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConditionsError("--endpoint needs --model, the model's name on that server")
     if arguments.count < 1:
         raise ConditionsError(f"--count {arguments.count}: give at least 1")
+    require_writable(arguments.out)
     conditions: tuple[str, ...] = DEFAULT_CONDITIONS
     source, failure = "default", None
     if arguments.endpoint:

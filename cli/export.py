@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fedmpt.cli.failures import require_writable
 from fedmpt.cli.logs import show_logs
 from fedmpt.cli.progress import ProgressCallback, progress_bar
 from fedmpt.edge_client.cache import FeatureCache, open_cache
@@ -86,6 +87,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Calibrate, export, report."""
     _check_usage(arguments)
+    require_writable(arguments.out)
     show_logs()
     manifest = load_manifest(arguments.bundle)
     state = load_state(arguments.state, manifest.state)

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from fedmpt.cli.failures import explain_missing_module, explain_os_error
 from fedmpt.protocol.errors import FedmptError
 
 # name → (module, one line of help). A module has configure(parser) and run(arguments) -> exit code.
@@ -27,6 +28,9 @@ COMMANDS = {
     "tag": ("fedmpt.cli.tag", "tag photos with a tagger.onnx"),
 }
 
+# The options that say where a command writes.
+OUTPUTS = ("out", "store", "state_dir", "journal")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; return its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
@@ -37,8 +41,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="Example: fedmpt demo",
     )
     parser.add_argument("--version", action="version", version=_version())
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     called = next((word for word in arguments if not word.startswith("-")), None)
+    options = argparse.Namespace()
+    try:
+        _add_commands(parser, called)
+        parser.parse_args(arguments, options)
+        exit_code: int = options.run(options)
+        sys.stdout.flush()
+        return exit_code
+    except FedmptError as error:
+        problem = str(error)
+    except KeyboardInterrupt:
+        print(f"fedmpt {called}: interrupted", file=sys.stderr)
+        return 130
+    except OSError as error:
+        outputs = [value for name in OUTPUTS if (value := vars(options).get(name))]
+        if _give_up_output():
+            outputs = ["standard output"]
+        if isinstance(error, BrokenPipeError):  # whoever read our output went away: ``fedmpt tag … | head``
+            return 1
+        problem = explain_os_error(error, outputs)
+    except ModuleNotFoundError as error:
+        explained = explain_missing_module(error)
+        if explained is None:
+            raise
+        problem = explained
+    print(f"fedmpt {called}: {problem}", file=sys.stderr)
+    return 1
+
+
+def _add_commands(parser: argparse.ArgumentParser, called: str | None) -> None:
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (module_name, help_text) in COMMANDS.items():
         subparser = subparsers.add_parser(
             name, help=help_text, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -47,21 +80,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             module = importlib.import_module(module_name)
             module.configure(subparser)
             subparser.set_defaults(run=module.run)
+
+
+def _give_up_output() -> bool:
+    """Whether standard output takes no more; what waits for it is dropped, or the flush at exit fails again."""
     try:
-        options = parser.parse_args(arguments)
-        exit_code: int = options.run(options)
         sys.stdout.flush()
-        return exit_code
-    except FedmptError as error:
-        print(f"fedmpt {called}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"fedmpt {called}: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # The reader of our output went away (``fedmpt tag … | head``); keep the shutdown flush quiet too.
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return True
+    return False
 
 
 def _version() -> str:

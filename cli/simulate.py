@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from fedmpt.cli.failures import require_modules, require_writable
+
 DESCRIPTION = """\
 Run an experiment: every combination of methods, settings and seeds of a TOML file is one federation, simulated with
 the product's own aggregator and trainer. Writes results.csv, plots, report.md and report.html. Combinations that the
@@ -53,14 +55,23 @@ def run(arguments: argparse.Namespace) -> int:
     from fedmpt.simulation.experiments import SHIPPED, load_experiment
 
     if arguments.experiment == "list":
-        for path in sorted(SHIPPED.glob("*.toml")):
-            print(f"{path.stem:24} {load_experiment(path.stem).title}")
+        titles = {path.stem: load_experiment(path.stem).title for path in sorted(SHIPPED.glob("*.toml"))}
+        if arguments.json:
+            print(json.dumps(titles))
+            return 0
+        for name, title in titles.items():
+            print(f"{name:24} {title}")
         return 0
+    require_modules("matplotlib", "scipy")
+    if not arguments.scheduler:
+        require_modules("onnxruntime", "onnxscript", "sklearn", "torch", "transformers")
     from fedmpt.simulation.experiments_grid import run_experiment
     from fedmpt.simulation.experiments_report import shown_metrics, summary_rows, write_experiment
 
     experiment = load_experiment(arguments.experiment, arguments.set)
     out = arguments.out or Path("runs/experiments") / experiment.name
+    for folder in (out, arguments.store):
+        require_writable(folder / "results")
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     tasks: dict[str, TaskID] = {}

@@ -93,18 +93,11 @@ def run(arguments: argparse.Namespace) -> int:
         )
     skipped: Counter[str] = Counter()
     failed: list[FedmptError] = []
-    try:
-        with contextlib.ExitStack() as stack:
-            results = _open_results(arguments, stack)
-            count = 0
-            for photos, stop in _photo_lists(arguments, skipped, stack):
-                count += _tag(arguments, tagger, results, photos, failed, stop)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise TagError(
-            f"{error.filename or arguments.out or 'results'}: {error.strerror or error}"
-        ) from error
+    with contextlib.ExitStack() as stack:
+        results = _open_results(arguments, stack)
+        count = 0
+        for photos, stop in _photo_lists(arguments, skipped, stack):
+            count += _tag(arguments, tagger, results, photos, failed, stop)
     _report(count, failed, skipped)
     return 1 if failed else 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -80,3 +81,8 @@ def test_a_reader_that_goes_away_is_no_crash() -> None:
     process.stderr.close()
     process.wait(30)
     assert "Traceback" not in error
+
+
+def test_the_list_of_experiments_speaks_json_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", "list", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["voc-2007"] == "PASCAL VOC 2007"
