@@ -7,7 +7,7 @@ features they give, and how tokens and text become scores. Everything that is fr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -307,6 +307,23 @@ METHODS = {
             text=_unchanged,
             typical=TYPICAL_COSINE,
             score=_global,
+        ),
+    )
+}
+
+# Controls, which change one thing each: the same prompt on pooled patches instead of the class token, and a
+# wording that the checkpoint may know better.
+METHODS |= {
+    method.name: method
+    for method in (
+        replace(METHODS["coop"], name="coop-patches", score=_regions),
+        replace(METHODS["zero-shot"], name="zero-shot-patches", score=_regions),
+        *(
+            replace(METHODS["zero-shot"], name=name, phrases=lambda conditions: ("there is a",), score=scored)
+            for name, scored in (
+                ("zero-shot-there-is", _global),
+                ("zero-shot-there-is-patches", _regions),
+            )
         ),
     )
 }

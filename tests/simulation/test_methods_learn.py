@@ -14,7 +14,7 @@ from fedmpt.simulation.experiments import Settings
 from fedmpt.simulation.experiments_data import initial_state, open_bundle, open_photos
 from fedmpt.simulation.experiments_run import perform
 
-LEARNERS = sorted(set(METHODS) - {"zero-shot"})
+LEARNERS = sorted(name for name, method in METHODS.items() if method.text_state)
 
 
 @pytest.fixture(scope="module")
