@@ -12,6 +12,10 @@ seed = [0, 1, 2]
 x = "strength"
 y = ["decorrelated.mAP"]
 by = "method"
+[[compare]]                      # each run minus the run of the same seed that these values single out
+against = {strength = 0.0}
+within = ["method"]              # in which both agree
+y = ["decorrelated.spurious activation"]
 """
 
 from __future__ import annotations
@@ -96,6 +100,29 @@ class Settings:
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
+# Numbers of which zero means: what the preset or the bundle's builder says.
+PRESET_FIELDS = frozenset({"tau", "reg", "iterations", "context", "rank", "learning_rate"})
+
+# What a run measures: on every set of test photos, and once.
+TEST_METRICS = (
+    "mAP",
+    "CF1",
+    "OF1",
+    "CF1 tuned",
+    "OF1 tuned",
+    "CF1 best of 9",
+    "OF1 best of 9",
+    "recall",
+    "spurious activation",
+    "unplanted activation",
+)
+RUN_METRICS = ("clients.mAP", "divergence", "bytes per update", "updates", "seconds")
+
+
+def metric_names(settings: Settings) -> tuple[str, ...]:
+    """The names of all figures of a run, as plots and comparisons ask for them."""
+    tests = ("decorrelated", "correlated") if settings.data == "scenes" else ("test",)
+    return (*(f"{test}.{metric}" for test in tests for metric in TEST_METRICS), *RUN_METRICS)
 
 
 @dataclass(frozen=True)
@@ -128,14 +155,42 @@ class Plot:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """Paired differences of the metrics ``y``: each run minus its partner, over the seeds.
+
+    A run's partner has the same seed, the same values of the fields ``within`` and the values ``against``. Runs
+    without a partner are left out, and so are the partners themselves.
+    """
+
+    against: dict[str, Any]
+    within: tuple[str, ...]
+    y: tuple[str, ...]
+
+    def partner_key(self, run: Run) -> tuple[Any, ...]:
+        """What a run and its partner have in common."""
+        return (run.settings.seed, *(value_of(run, field) for field in self.within))
+
+    def singles_out(self, run: Run) -> bool:
+        """Whether the run is a partner of others."""
+        return all(value_of(run, field) == value for field, value in self.against.items())
+
+
+@dataclass(frozen=True)
 class Experiment:
-    """A parsed file; ``varying`` are the fields (or ``variant``) in which its runs differ, but for the seed."""
+    """A parsed file.
+
+    ``differing`` are the fields (and ``variant``) in which its runs differ, but for the seed; ``varying`` those
+    of them that tell the runs apart: the variant's name, but no field that follows from others, such as each
+    method's own learning rate.
+    """
 
     name: str
     title: str
     question: str
     runs: tuple[Run, ...]
     plots: tuple[Plot, ...]
+    comparisons: tuple[Comparison, ...]
+    differing: tuple[str, ...]
     varying: tuple[str, ...]
 
 
@@ -171,7 +226,7 @@ def load_experiment(name: str, changes: Sequence[str] = ()) -> Experiment:
 
 def parse_experiment(name: str, value: Mapping[str, Any], where: str) -> Experiment:
     """Check a parsed TOML document and expand its grids; ``where`` starts the text of errors."""
-    _known(value, ("title", "question", "settings", "grid", "plot"), where)
+    _known(value, ("title", "question", "settings", "grid", "plot", "compare"), where)
     shared = dict(value.get("settings", {}))
     _known(shared, FIELDS, f"{where}: [settings]")
     runs: list[Run] = []
@@ -186,31 +241,76 @@ def parse_experiment(name: str, value: Mapping[str, Any], where: str) -> Experim
                 runs.append(Run(settings, str(variant).format(**vars(settings))))
             except (KeyError, IndexError, ValueError) as error:
                 raise ExperimentError(f"{where}: variant = {variant!r}: {error} is no setting") from None
-    varying = tuple(
+    differing = tuple(
         field
         for field in ("variant", *FIELDS)
         if field != "seed" and len({value_of(run, field) for run in runs}) > 1
     )
+    metrics = list(dict.fromkeys(name for run in runs for name in metric_names(run.settings)))
     plots = []
     for plot in value.get("plot", []):
         _known(plot, ("x", "y", "by", "only"), f"{where}: [[plot]]")
-        by = plot.get("by", [])
-        by = tuple(by) if isinstance(by, list) else (by,)
+        by, y = _listed(plot.get("by", [])), _listed(plot.get("y", []))
         _known((plot.get("x", ""), *by), ("variant", *FIELDS), f"{where}: [[plot]]")
-        plots.append(Plot(plot["x"], tuple(plot.get("y", ())), by, plot.get("only")))
+        _known(y, metrics, f"{where}: [[plot]]: y", "metric")
+        plots.append(Plot(plot["x"], y, by, plot.get("only")))
     return Experiment(
         name,
         str(value.get("title", name)),
         str(value.get("question", "")),
         tuple(runs),
         tuple(plots),
-        varying,
+        tuple(_comparison(item, runs, metrics, f"{where}: [[compare]]") for item in value.get("compare", [])),
+        differing,
+        _telling_apart(runs, differing),
     )
 
 
 def value_of(run: Run, field: str) -> Any:
     """A run's value in one of the experiment's ``varying`` fields."""
     return run.variant if field == "variant" else getattr(run.settings, field)
+
+
+def shown_value(field: str, value: Any) -> str:
+    """A setting as tables and plots show it; a dash where the preset or the method decides."""
+    if value == "" or (not value and field in PRESET_FIELDS):
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _comparison(
+    value: Mapping[str, Any], runs: Sequence[Run], metrics: Sequence[str], where: str
+) -> Comparison:
+    _known(value, ("against", "within", "y"), where)
+    comparison = Comparison(
+        dict(value.get("against", {})), _listed(value.get("within", [])), _listed(value.get("y", []))
+    )
+    _known((*comparison.against, *comparison.within), ("variant", *FIELDS), where)
+    _known(comparison.y, metrics, f"{where}: y", "metric")
+    keys = [comparison.partner_key(run) for run in runs if comparison.singles_out(run)]
+    if len(set(keys)) != len(keys):
+        raise ExperimentError(f"{where}: against: several runs of one seed match; name more fields")
+    return comparison
+
+
+def _listed(value: str | Sequence[str]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _telling_apart(runs: Sequence[Run], differing: Sequence[str]) -> tuple[str, ...]:
+    """What is left when each field, from the last, is dropped if the others tell the runs apart without it."""
+    kept = list(differing)
+
+    def kinds(fields: Sequence[str]) -> int:
+        return len({tuple(value_of(run, field) for field in fields) for run in runs})
+
+    for field in reversed(differing):
+        others = [name for name in kept if name != field]
+        if field != "variant" and kinds(others) == kinds(differing):
+            kept = others
+    return tuple(kept)
 
 
 def _converted(key: str, value: Any, where: str) -> Any:
@@ -222,9 +322,9 @@ def _converted(key: str, value: Any, where: str) -> Any:
     return value
 
 
-def _known(keys: Iterable[str], known: Iterable[str], where: str) -> None:
+def _known(keys: Iterable[str], known: Iterable[str], where: str, what: str = "key") -> None:
     for key in keys:
         if key not in (names := list(known)):
             near = difflib.get_close_matches(key, names, 1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names)}"
-            raise ExperimentError(f"{where}: unknown key {key!r}{hint}")
+            raise ExperimentError(f"{where}: unknown {what} {key!r}{hint}")

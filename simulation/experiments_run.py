@@ -64,8 +64,8 @@ def perform(settings: Settings, store: Path) -> Outcome:
     shares = deal(settings, photos)
     sites = make_sites(settings, photos, shares)
     training = training_of(settings)
-    if settings.method == "zero-shot":
-        training = dataclasses.replace(training, rounds=1)  # κ and δ alone: calibration has fitted them
+    if set(manifest.state) == set(TRAINED["scalars"]):
+        training = dataclasses.replace(training, rounds=1)  # zero-shot: calibration has fitted all there is
     manifest = dataclasses.replace(manifest, training=training)
     engine = open_engine(bundle, "onnx", "cpu", 1)
     federation = FederationSettings(
@@ -166,13 +166,16 @@ def measure(engine: Engine, state: State, photos: Photos, pairs: Sequence[Pair])
     """Figures of a state on every test set; every threshold comes from the validation set.
 
     The exceptions are named so: ``CF1 best of 9`` and ``OF1 best of 9`` take the best of nine thresholds on
-    the test set itself, a habit of the field, and are given to show what it is worth.
+    the test set itself, a habit of the field, and are given to show what it is worth. ``unplanted activation``
+    is the same rate as ``spurious activation`` over all ordered pairs but ``pairs``.
     """
     validation = photos.validation
     chosen_on = predict(engine, state, validation.tokens)[1]
     tuned = metrics.best_f1_thresholds(chosen_on, validation.labels, default=0.0)
     equal_recall = metrics.recall_thresholds(chosen_on, validation.labels, RECALL, default=np.inf)
-    pairs = [(i, j) for i, j in pairs if np.isfinite(equal_recall[j])]
+    reached = np.flatnonzero(np.isfinite(equal_recall)).tolist()
+    pairs = [(i, j) for i, j in pairs if j in reached]
+    others = {(i, j) for i in range(len(equal_recall)) for j in reached if i != j} - set(pairs)
     figures: dict[str, float] = {}
     for name, test in photos.tests.items():
         logits = predict(engine, state, test.tokens)[1]
@@ -189,6 +192,7 @@ def measure(engine: Engine, state: State, photos: Photos, pairs: Sequence[Pair])
             "OF1 best of 9": max(metrics.overall_f1(logits >= cut, test.labels) for cut in cuts),
             "recall": float(active[present].mean()) if present.any() else float("nan"),
             "spurious activation": metrics.spurious_activation_rate(active, test.labels, pairs),
+            "unplanted activation": metrics.spurious_activation_rate(active, test.labels, others),
         }
         figures |= {f"{name}.{key}": float(value) for key, value in values.items()}
     return figures

@@ -36,6 +36,7 @@ figure { margin: 1rem 0; } figcaption { font-size: .9rem; opacity: .8; }
 .row { display: flex; flex-wrap: wrap; gap: 1rem; } .row > * { margin: 0; }
 img, svg { max-width: 100%; height: auto; }
 .drawing { background: #fff; }
+.wide { overflow-x: auto; }
 """
 
 
@@ -65,24 +66,27 @@ def paragraph(text: str) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table; floats are written with three decimals, everything else as ``str``."""
+    """A table, which scrolls where the window is too narrow for it; see :func:`format_cell`."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "".join(
         "<tr>" + "".join(f"<td>{escape(format_cell(cell))}</td>" for cell in row) + "</tr>\n" for row in rows
     )
-    return f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>"
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
 
 
 def format_cell(cell: object) -> str:
-    """How tables write one value: a float with three decimals, a missing value as a dash."""
+    """How tables write one value: floats with three decimals, whole thousands apart, what is missing as a dash."""
     if cell is None or (isinstance(cell, float) and not isfinite(cell)):
         return "–"
-    return f"{cell:.3f}" if isinstance(cell, float) else str(cell)
+    if isinstance(cell, float):
+        return f"{cell:.3f}"
+    return f"{cell:,}" if isinstance(cell, int) else str(cell)
 
 
-def figure(content: str, caption: str = "") -> str:
-    """Any block with a caption below it."""
-    return f"<figure>{content}<figcaption>{escape(caption)}</figcaption></figure>"
+def figure(content: str, caption: str = "", *, width: int | None = None) -> str:
+    """Any block with a caption below it; with a ``width`` in CSS pixels long captions wrap instead of widening it."""
+    style = f' style="width:{width}px"' if width else ""
+    return f"<figure{style}>{content}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def row(blocks: Iterable[str]) -> str:

@@ -68,8 +68,9 @@ def test_text_never_becomes_markup() -> None:
     assert "script" not in parsed(html).tags
 
 
-def test_a_table_writes_floats_with_three_decimals_and_missing_values_as_a_dash() -> None:
-    html = report.table(["label", "AP"], [["cat", 0.12345], ["dog", math.nan], ["bird", None]])
+def test_a_table_writes_three_decimals_whole_thousands_apart_and_missing_values_as_a_dash() -> None:
+    html = report.table(["label", "AP"], [["cat", 0.12345], ["dog", math.nan], ["bird", None], ["", 19118]])
+    assert "<td>19,118</td>" in html
     assert "<td>0.123</td>" in html
     assert html.count("<td>–</td>") == 2
 
