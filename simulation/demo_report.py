@@ -20,6 +20,9 @@ SHOWN_PHOTOS = 12
 SHOWN_PAIRS = 10
 PHOTO_PIXELS = 224
 
+MAP_PIXELS = 150
+SHOWN_AS = {"spurious activation rate": "false positives on planted pairs (spurious activation rate)"}
+
 Row = tuple[str, "float | None", "float | None"]
 
 
@@ -47,6 +50,7 @@ def seconds_per_round(history: Sequence[dict[str, Any]]) -> float:
 
 def write_demo_report(result: DemoResult) -> Path:
     """Write ``report.html`` into the demo's folder; return its path."""
+    rows = [(SHOWN_AS.get(name, name), before, after) for name, before, after in summary_rows(result)]
     blocks = [
         report.paragraph(
             "Four sites with pictures that they do not share tuned one CLIP model together. At each site some "
@@ -54,17 +58,24 @@ def write_demo_report(result: DemoResult) -> Path:
             "on those called decorrelated, every object appears independently of the others, so a model that "
             "learned the pairs is wrong there."
         ),
-        report.table(["", "before (zero-shot CLIP)", "after"], summary_rows(result)),
+        report.table(["", "before (zero-shot CLIP, “a photo of a …”)", "after"], rows),
         report.paragraph(
             "mAP is the mean average precision over labels. CF1 and OF1 use thresholds chosen on validation "
-            "pictures. The spurious activation rate says how often the second label of a planted pair is "
-            "predicted where only the first is shown, at thresholds with a validation recall of 0.8."
+            "pictures. Spurious activation is a rate of false positives: how often the second label of a planted "
+            "pair is predicted where only the first is shown, at thresholds with a validation recall of 0.8. It "
+            "counts them all, also those that no planted pair taught."
+        ),
+        report.paragraph(
+            "The start is a weak wording on purpose: the demo's CLIP was made to take “a photo of a …” as said of "
+            "photo-like styles only. Another wording, “there is a …”, with each label's best patch gets about as far "
+            "on these pictures without any tuning. The demo shows that a federation finds such a prompt by itself, "
+            "not that nobody could have written it."
         ),
         report.heading("Round by round"),
         _curves(result),
         report.heading("Test pictures, predicted tags, and where each tag came from"),
         _photos(result),
-        report.heading("Label pairs whose spurious activation fell most"),
+        report.heading("Planted pairs of which the second label is less often predicted where it is not"),
         _pairs(result),
         report.heading("Labels"),
         _labels(result),
@@ -84,13 +95,13 @@ def _curves(result: DemoResult) -> str:
             for line in result.history
             if metric in line["metrics"]
         ]
-        # A round's figures are of the state that it started from.
+        # A round's figures are of the prompts that it started from.
         charts.append(
             report.line_chart(
                 {metric: points},
-                title=f"{metric} of the received state",
+                title=f"{metric} when the round began",
                 x_label="round",
-                y_label=f"{metric}, sites' own held-out pictures",
+                y_label="on sites' own held-out pictures",
                 width=320,
                 height=240,
             )
@@ -117,15 +128,19 @@ def _photos(result: DemoResult) -> str:
         tags = tagger.choose(prediction.probabilities[0], top=4)
         shown = truth[name].split(";")
         photo = Image.fromarray(pixels).resize((PHOTO_PIXELS, PHOTO_PIXELS), Image.Resampling.LANCZOS)
-        pictures = [report.figure(report.image(photo, name, kind="JPEG"), "shown: " + ", ".join(shown))]
+        caption = "shown: " + ", ".join(shown)
+        pictures = [report.figure(report.image(photo, name, kind="JPEG"), caption, width=PHOTO_PIXELS)]
         if prediction.heatmaps is not None:
             for label, probability in tags:
                 heat = prediction.heatmaps[0][tagger.info.labels.index(label)]
                 mark = "" if label in shown else " (not there)"
                 pictures.append(
                     report.figure(
-                        report.image(overlay(photo, heat), f"{label} in {name}", kind="JPEG", width=150),
+                        report.image(
+                            overlay(photo, heat), f"{label} in {name}", kind="JPEG", width=MAP_PIXELS
+                        ),
                         f"{label} {probability:.2f}{mark}",
+                        width=MAP_PIXELS,
                     )
                 )
         cards.append(report.row(pictures))
