@@ -14,8 +14,8 @@ from rich.table import Table
 DESCRIPTION = """\
 Run a whole federation on this machine: an embedded MQTT broker on loopback, an aggregator and four clients, each a
 process of its own with its own skewed share of pictures. Then measure the result on held-out pictures, export
-tagger.onnx, tag a folder with it and write report.html. Needs neither network nor PyTorch; takes about two minutes
-on two cores. Everything it starts is ended again, also on Ctrl-C."""
+tagger.onnx, tag a folder with it and write report.html. Needs neither network nor PyTorch; takes less than a
+minute on two cores. Everything it starts is ended again, also on Ctrl-C."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

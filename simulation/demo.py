@@ -42,6 +42,8 @@ SHARED_SETS = (VALIDATION, *TEST_SETS)
 ROUNDS = 10
 SHORT_ROUNDS = 2
 TAGGED_PHOTOS = 60
+LOGS = "logs"
+SPACE_BYTES = 160 << 20  # it writes half of that; building a feature cache leaves 64 MB alone
 
 Report = Callable[[str, int, int], None]
 
@@ -82,7 +84,7 @@ def run_demo(
     seed: int | None = None,
     report: Report = lambda stage, done, total: None,
 ) -> DemoResult:
-    """Run the demo into ``out``, which must not hold another one.
+    """Run the demo into ``out``, which must not hold another one; where it fails, only its logs remain.
 
     Args:
         out: the folder for photos, caches, logs, the tagger and its tags.
@@ -91,17 +93,34 @@ def run_demo(
         report: called with (stage, done, total) as it goes on.
 
     Raises:
-        DemoError: ``out`` is not empty, or the shipped data is missing.
+        DemoError: ``out`` is not empty or its disk too full, or the shipped data is missing.
         ProcessError: a process failed.
     """
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and any(path.name != LOGS for path in out.iterdir()):
         raise DemoError(f"{out}: not empty; remove it or choose another folder with --out")
     for path in (BUNDLE / "manifest.json", PACK, ZERO_SHOT):
         if not path.exists():
             raise DemoError(f"{path}: missing from the installed package; install fedmpt-edge again")
-    rounds = SHORT_ROUNDS if short else ROUNDS
+    (out / LOGS).mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(out).free) < SPACE_BYTES:
+        raise DemoError(
+            f"{out}: the demo needs {SPACE_BYTES >> 20} MB and {free >> 20} MB are free; free some space, or choose "
+            "another folder with --out"
+        )
+    try:
+        return _run(out, SHORT_ROUNDS if short else ROUNDS, seed, report)
+    except BaseException:
+        for path in out.iterdir():
+            if not path.is_dir():
+                path.unlink()
+            elif path.name != LOGS:
+                shutil.rmtree(path)
+        raise
+
+
+def _run(out: Path, rounds: int, seed: int | None, report: Report) -> DemoResult:
     seconds: dict[str, float] = {}
-    with processes(out / "logs") as running:
+    with processes(out / LOGS) as running:
         bundle, pack = (BUNDLE, PACK) if seed is None else draw_federation(out, seed, report)
         manifest = load_manifest(bundle)
         start = time.monotonic()

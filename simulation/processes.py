@@ -16,6 +16,21 @@ from types import FrameType
 from fedmpt.protocol.errors import FedmptError
 
 GRACE_SECONDS = 10.0
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+# A child's standard input is a pipe whose other end the parent alone holds. Where the parent is killed outright, the
+# kernel closes that end, and the child asks itself to end.
+CHILD = """\
+import os, signal, sys, threading
+
+def end_with_parent():
+    os.read(0, 1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+threading.Thread(target=end_with_parent, daemon=True).start()
+from fedmpt.cli import main
+sys.exit(main())
+"""
 
 
 class ProcessError(FedmptError):
@@ -37,7 +52,9 @@ class Processes:
     """Starts ``fedmpt`` commands; use within :func:`processes`, which ends them."""
 
     logs: Path
+    lifeline: int
     children: list[Child] = field(default_factory=list)
+    ending: bool = False
 
     def start(self, name: str, arguments: Sequence[object], threads: int | None = None) -> Child:
         """Start ``fedmpt <arguments>``; its output goes to ``<name>.out`` and ``<name>.log``."""
@@ -45,11 +62,10 @@ class Processes:
         environment = dict(os.environ)
         if threads:
             environment["OMP_NUM_THREADS"] = str(threads)
-        command = [sys.executable, "-c", "import sys; from fedmpt.cli import main; sys.exit(main())"]
         with log.open("wb") as errors, output.open("wb") as results:
             process = subprocess.Popen(
-                [*command, *map(str, arguments)],
-                stdin=subprocess.DEVNULL,
+                [sys.executable, "-c", CHILD, *map(str, arguments)],
+                stdin=self.lifeline,
                 stdout=results,
                 stderr=errors,
                 env=environment,
@@ -81,35 +97,57 @@ class Processes:
             time.sleep(0.1)
 
     def end(self) -> None:
-        """Ask every child that still runs to end, and kill those that do not."""
+        """Ask every child that still runs to end, and kill those that do not; the first started ends last."""
+        self.ending = True
+        deadline = time.monotonic() + GRACE_SECONDS
+        still = [child.process for child in self.children if child.process.poll() is None]
+        # The first is what the others talk to: a client that says goodbye to nobody waits for seconds.
+        for group in (still[1:], still[:1]):
+            for process in group:
+                process.terminate()
+            for process in group:
+                try:
+                    process.wait(max(0.1, deadline - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    self.kill()
+                    process.wait()
+
+    def kill(self) -> None:
+        """End at once every child that still runs."""
         for child in self.children:
             if child.process.poll() is None:
-                child.process.terminate()
-        deadline = time.monotonic() + GRACE_SECONDS
-        for child in self.children:
-            try:
-                child.process.wait(max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(child.process.pid, signal.SIGKILL)
-                child.process.wait()
 
 
 @contextlib.contextmanager
 def processes(logs: Path) -> Iterator[Processes]:
-    """Yield a :class:`Processes` whose children all end with the block, on SIGTERM and Ctrl-C too."""
+    """Yield a :class:`Processes` whose children all end with the block.
+
+    Ctrl-C, SIGTERM and a terminal that closes end the block; once more, and the children are killed.
+    """
     logs.mkdir(parents=True, exist_ok=True)
-    running = Processes(logs)
+    lifeline, parents_end = os.pipe()
+    running = Processes(logs, lifeline)
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        if running.ending:
+            running.kill()
+            return
+        running.ending = True
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    # What is ignored stays ignored: `nohup` asks for that.
+    heeded = [number for number in ENDING_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in heeded}
     try:
         yield running
     finally:
-        signal.signal(signal.SIGTERM, before)
         running.end()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(lifeline)
+        os.close(parents_end)
 
 
 def _tail(path: Path, lines: int = 15) -> str:

@@ -11,18 +11,34 @@ from pathlib import Path
 
 import pytest
 
-from fedmpt.simulation.processes import ProcessError, processes
+from fedmpt.simulation.processes import GRACE_SECONDS, Child, ProcessError, processes
 
 SCRIPT = """
 import subprocess, sys, time
 from pathlib import Path
 from fedmpt.simulation.processes import Child, processes
 with processes(Path(sys.argv[1])) as running:
-    sleeper = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    sleeper = subprocess.Popen(sys.argv[2:], start_new_session=True, stdout=subprocess.PIPE)
     running.children.append(Child("sleeper", sleeper, Path("unused"), Path("unused")))
+    sleeper.stdout.readline()
     print(sleeper.pid, flush=True)
     time.sleep(60)
 """
+REAL_CHILD = """
+import sys, time
+from pathlib import Path
+from fedmpt.simulation.demo import BUNDLE, free_port
+from fedmpt.simulation.processes import processes
+with processes(Path(sys.argv[1])) as running:
+    store = ["--store", Path(sys.argv[1]) / "store", "--federation", "farm"]
+    child = running.start("it", ["aggregator", "--bundle", BUNDLE, "--embedded", "--port", free_port(), *store])
+    while "broker" not in child.log.read_text():
+        time.sleep(0.05)
+    print(child.process.pid, flush=True)
+    time.sleep(60)
+"""
+WILLING = ["sh", "-c", "echo ready; exec sleep 60"]
+STUBBORN = ["sh", "-c", "trap '' TERM; echo ready; exec sleep 60"]
 
 
 def alive(pid: int) -> bool:
@@ -48,20 +64,65 @@ def test_a_finished_child_leaves_its_output(tmp_path: Path) -> None:
     assert child.output.read_text().startswith("fedmpt ")
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_children_end_when_the_parent_is_stopped(tmp_path: Path, sent: signal.Signals) -> None:
-    parent = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(tmp_path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
+def start(*command: str) -> tuple[subprocess.Popen[str], int]:
+    """A process that started a child of its own, and the child's process number."""
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert parent.stdout is not None
     pid = int(parent.stdout.readline())
-    parent.send_signal(sent)
-    parent.wait(20)
     parent.stdout.close()
-    deadline = time.monotonic() + 5
+    return parent, pid
+
+
+def ended(pid: int, seconds: float = 5.0) -> bool:
+    deadline = time.monotonic() + seconds
     while alive(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not alive(pid)
+    return not alive(pid)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_children_end_when_the_parent_is_stopped(tmp_path: Path, sent: signal.Signals) -> None:
+    parent, pid = start(sys.executable, "-c", SCRIPT, str(tmp_path), *WILLING)
+    parent.send_signal(sent)
+    parent.wait(20)
+    assert ended(pid)
+
+
+def test_a_second_interrupt_kills_a_child_that_does_not_end(tmp_path: Path) -> None:
+    parent, pid = start(sys.executable, "-c", SCRIPT, str(tmp_path), *STUBBORN)
+    parent.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert alive(pid)
+    parent.send_signal(signal.SIGINT)
+    parent.wait(GRACE_SECONDS / 2)
+    assert ended(pid)
+
+
+def test_children_end_themselves_when_the_parent_is_killed(tmp_path: Path) -> None:
+    parent, pid = start(sys.executable, "-c", REAL_CHILD, str(tmp_path))
+    parent.kill()
+    parent.wait(5)
+    assert ended(pid, 10)
+
+
+def test_an_ignored_hang_up_stays_ignored(tmp_path: Path) -> None:
+    parent, pid = start("nohup", sys.executable, "-c", SCRIPT, str(tmp_path), *WILLING)
+    parent.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    assert alive(pid)
+    parent.terminate()
+    parent.wait(20)
+    assert ended(pid)
+
+
+def test_the_first_started_ends_last(tmp_path: Path) -> None:
+    order = tmp_path / "order.txt"
+    with processes(tmp_path) as running:
+        for name in ("broker", "client"):
+            script = f"trap 'echo {name} >> {order}; exit' TERM; echo ready; while :; do sleep 0.05; done"
+            child = subprocess.Popen(["sh", "-c", script], start_new_session=True, stdout=subprocess.PIPE)
+            assert child.stdout is not None
+            with child.stdout:
+                child.stdout.readline()
+            running.children.append(Child(name, child, Path("unused"), Path("unused")))
+    assert order.read_text().split() == ["client", "broker"]
