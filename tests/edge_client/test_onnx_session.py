@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import logging
+import os
+import subprocess
 import sys
 import types
 
@@ -126,6 +128,23 @@ def test_a_file_that_is_no_graph_is_an_error_that_names_it(tmp_path):
     (tmp_path / "bad.onnx").write_bytes(b"not a graph")
     with pytest.raises(SessionError, match=r"bad\.onnx: ONNX Runtime cannot open it"):
         open_session(tmp_path / "bad.onnx")
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["edge_client.onnx_session", "export.tagger_graph", "export.tagger_precision", "export.verification"],
+)
+def test_no_module_lets_onnx_runtime_report_to_its_maker(graph, tmp_path, module):
+    if module.startswith("export."):
+        pytest.importorskip("torch")
+    program = (
+        f"import fedmpt.{module}, onnxruntime;"
+        f"onnxruntime.InferenceSession({str(graph)!r}, providers=['CPUExecutionProvider'])"
+    )
+    kept = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    home = {"HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    subprocess.run([sys.executable, "-c", program], env=kept | home, check=True)
+    assert not list(tmp_path.rglob("Microsoft"))
 
 
 def test_both_packages_installed_stops_with_the_command_that_mends_it(monkeypatch):
