@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -39,17 +40,27 @@ def test_documented_examples_hold(
     assert result.failed == 0
 
 
-def test_the_documented_use_without_this_projects_code_gives_the_same_labels(
-    colour_tagger: Path, tagger: Tagger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("size", [(150, 101), (57, 203)])
+def test_the_documented_use_without_this_projects_code_gives_the_same_probabilities(
+    colour_tagger: Path,
+    tagger: Tagger,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    size: tuple[int, int],
 ) -> None:
     page = (Path(__file__).parents[2] / "docs" / "tagger.md").read_text()
     (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     (tmp_path / "tagger.onnx").write_bytes(colour_tagger.read_bytes())
-    colour(30, 200, 90).save(tmp_path / "photo.jpg")
+    texture = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8)
+    texture[..., 0] //= 3  # below its threshold
+    Image.fromarray(texture).save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
+    names: dict[str, Any] = {}
     exec(program, names)
-    assert names["tags"] == [label for label, _ in tagger.tag("photo.jpg")] == ["green", "blue"]
+    expected = tagger.predict(tagger.prepare("photo.jpg")[None]).probabilities
+    assert names["probabilities"].tolist() == expected.tolist()
+    found = [label for label, _ in tagger.tag("photo.jpg")]
+    assert sorted(names["tags"]) == sorted(found) != sorted(tagger.info.labels)
 
 
 def test_labels_reach_their_own_thresholds(tagger: Tagger) -> None:
