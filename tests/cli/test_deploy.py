@@ -53,6 +53,15 @@ def test_unit_and_image_start_the_client_with_the_example_configuration(words, c
     assert "/srv/fedmpt/bundle/manifest.json: not found" in capsys.readouterr().err
 
 
+def test_the_unit_tries_again_for_ever_but_for_wrong_usage(capsys):
+    words = [word.replace("/etc/fedmpt", str(DEPLOY)) for word in shlex.split(_unit_lines("ExecStart")[0])]
+    with pytest.raises(SystemExit) as usage_error:
+        main([*words[1:], "--no-such-option"])
+    assert _unit_lines("Restart") == ["on-failure"]
+    assert _unit_lines("StartLimitIntervalSec") == ["0"]
+    assert _unit_lines("RestartPreventExitStatus") == [str(usage_error.value.code)]
+
+
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
 def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path):
     text = (DEPLOY / "fedmpt-client.service").read_text()
@@ -72,6 +81,11 @@ def test_every_shell_line_of_the_image_parses_and_uses_declared_arguments():
             known = set()  # an argument from before it holds in FROM alone
         elif word == "RUN":
             subprocess.run(["sh", "-n", "-c", rest], check=True)
+
+
+def test_unit_and_image_keep_onnx_runtime_from_reporting_to_its_maker():
+    assert "ORT_DISABLE_TELEMETRY=1" in _unit_lines("Environment")
+    assert ("ENV", "ORT_DISABLE_TELEMETRY=1") in _docker_instructions()
 
 
 def test_the_images_context_has_all_that_the_package_is_built_from():
