@@ -122,7 +122,7 @@ def build_bundle(
         )
     clip = dataclasses.replace(clip, vision=vision)
     state = methods.initial_state(setup, training.seed)
-    count, grid = token_grid(clip, token_mode)
+    count, grid = _token_grid(clip, token_mode)
     tokens = Tokens(token_kind, token_mode, count, grid, setup.width)
 
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -185,12 +185,12 @@ def build_bundle(
     return manifest
 
 
-def token_grid(clip: ClipCheckpoint, mode: str) -> tuple[int, tuple[int, int]]:
+def _token_grid(clip: ClipCheckpoint, mode: str) -> tuple[int, tuple[int, int]]:
     """M, the class token included, and rows and columns of the patches."""
-    side = clip.image_size // clip.patch_size
+    rows, columns = clip.grid
     if mode == "pooled":
-        side = -(-side // 2)
-    return 1 + side * side, (side, side)
+        rows, columns = -(-rows // 2), -(-columns // 2)
+    return 1 + rows * columns, (rows, columns)
 
 
 def _store_as(weights: Weights, precision: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

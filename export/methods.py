@@ -227,33 +227,23 @@ def _no_words(count: int) -> Callable[[Sequence[str]], tuple[str, ...]]:
     return lambda conditions: ("",) * count
 
 
+FEDMPT = Method(
+    "fedmpt-prompts",
+    conditioned=True,
+    context=lambda setup: setup.condition_context + setup.class_context,
+    phrases=tuple,
+    shapes=_conditioned_shapes,
+    text_state=("class_context", "condition_context"),
+    prefixes=_conditioned_prefixes,
+    text=_unchanged,
+    typical=TYPICAL_COSINE,
+    score=_regions,
+)
 METHODS = {
     method.name: method
     for method in (
-        Method(
-            "fedmpt-prompts",
-            conditioned=True,
-            context=lambda setup: setup.condition_context + setup.class_context,
-            phrases=tuple,
-            shapes=_conditioned_shapes,
-            text_state=("class_context", "condition_context"),
-            prefixes=_conditioned_prefixes,
-            text=_unchanged,
-            typical=TYPICAL_COSINE,
-            score=_regions,
-        ),
-        Method(
-            "fedmpt-full",
-            conditioned=True,
-            context=lambda setup: setup.condition_context + setup.class_context,
-            phrases=tuple,
-            shapes=_full_shapes,
-            text_state=("class_context", "condition_context"),
-            prefixes=_conditioned_prefixes,
-            text=_unchanged,
-            typical=TYPICAL_COSINE,
-            score=_regions,
-        ),
+        FEDMPT,
+        replace(FEDMPT, name="fedmpt-full", shapes=_full_shapes),
         Method(
             "coop",
             conditioned=False,

@@ -43,15 +43,12 @@ def verify_graphs(
     }
     size = manifest.clip.image_size
     pixels = torch.randint(0, 256, (1, size, size, 3), generator=generator).to(torch.uint8)
-    vision = {
-        name: tensor.to(getattr(torch, manifest.precision)).float() for name, tensor in clip.vision.items()
-    }
     batch = programs.example_batch(setup, manifest.tokens.count, manifest.training.batch_size)
     with torch.no_grad():
         text = methods.text_features(setup, weights, state)
         kind, mode = manifest.tokens.kind, manifest.tokens.mode
         expected = {
-            "image_encoder": {"tokens": programs.run_image_encoder(clip, vision, pixels, kind, mode)},
+            "image_encoder": {"tokens": programs.run_image_encoder(clip, clip.vision, pixels, kind, mode)},
             "text_features": {"text": text},
             "head": programs.run_head(setup, state, batch["tokens"], text),
             "train_step": programs.run_train_step(
