@@ -142,16 +142,20 @@ def _check_count(found: list[str], count: int) -> str | None:
 def _check_conditions(found: list[str], count: int, labels: Sequence[str]) -> str | None:
     """What is wrong with the conditions, in words that the model can act upon; None if nothing."""
     names = {" ".join(re.findall(r"\w+", label.casefold())) for label in labels}
+    earlier: dict[str, set[str]] = {}
     for condition in found:
-        words = re.findall(r"[\w-]+", condition)
+        words = re.findall(r"[\w-]+", condition.casefold())
         if not 1 <= len(words) <= MAXIMUM_WORDS or not condition.isprintable():
             return f"{condition!r} is not a phrase of one to four words"
-        text = f" {' '.join(words).casefold()} "
+        text = f" {' '.join(words)} "
         named = next((name for name in sorted(names) if f" {name} " in text), None)
         if named:
             return f"{condition!r} names the object {named!r}"
-    if len({condition.casefold() for condition in found}) < len(found):
-        return "two conditions are the same"
+        own = set(words)
+        twin = next((other for other, its in earlier.items() if own <= its or its <= own), None)
+        if twin:
+            return f"{condition!r} overlaps {twin!r}: the words of one are all in the other"
+        earlier[condition] = own
     return _check_count(found, count)
 
 

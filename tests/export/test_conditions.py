@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fedmpt.export.conditions import ConditionsError, Endpoint, derive_conditions
+from fedmpt.export.conditions import DEFAULT_CONDITIONS, ConditionsError, Endpoint, derive_conditions
 
 LABELS = ["cat", "traffic light", "dog", "chair", "bus", "sheep"]
 GOOD = ["camera angle", "weather", "crowding", "indoor or outdoor", "object size"]
@@ -115,7 +115,9 @@ def test_accepted_answers_are_cached_without_the_key(
         (["dogs and a dog", *GOOD[1:]], "names the object 'dog'"),
         (["near a traffic light", *GOOD[1:]], "names the object 'traffic light'"),
         (["far too many words in it", *GOOD[1:]], "is not a phrase of one to four words"),
-        (["Weather", *GOOD[1:]], "two conditions are the same"),
+        (["Weather", *GOOD[1:]], "'weather' overlaps 'Weather'"),
+        (["weather and light", *GOOD[1:]], "'weather' overlaps 'weather and light'"),
+        (["object", *GOOD[1:]], "'object size' overlaps 'object'"),
         (GOOD[:4], "expected 5 items, got 4"),
         ([], "expected 5 items, got 0"),
     ],
@@ -199,6 +201,12 @@ def test_a_server_that_is_away_is_named_after_several_attempts() -> None:
 def test_only_web_addresses_are_opened() -> None:
     with pytest.raises(ConditionsError, match="not an http:// or https:// address"):
         derive_conditions(LABELS, 5, Endpoint("file:///etc", "tiny"), sleep=never)
+
+
+def test_the_default_list_would_be_accepted(model: Model, endpoint: Endpoint) -> None:
+    model.conditions = [list(DEFAULT_CONDITIONS)]
+    assert derive_conditions(LABELS, 5, endpoint, sleep=never) == DEFAULT_CONDITIONS
+    assert len(model.requests) == 5
 
 
 def test_a_single_label_is_enough(model: Model, endpoint: Endpoint) -> None:
