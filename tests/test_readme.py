@@ -59,11 +59,6 @@ def test_the_run_on_real_photos(
         "--rounds 10": "--rounds 2",
         # As root, mosquitto changes to an account that cannot read the test's private folder.
         "mosquitto -c": f"echo user root >> certs/mosquitto.conf; {mosquitto_program} -c",
-        # Only the broker outlives the run; everything else is waited for.
-        "wait\n": "wait $AGGREGATOR $NORTH $SOUTH\n",
-        "--out final.safetensors &": "--out final.safetensors & AGGREGATOR=$!",
-        "certs/north.key &": "certs/north.key & NORTH=$!",
-        "certs/south.key &": "certs/south.key & SOUTH=$!",
     }
     script = "\n".join(shell_blocks())
     for old, new in substitutions.items():
