@@ -10,7 +10,10 @@ Shared memory comes from Triton's metadata, registers and spills from ptxas. ``T
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
+import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -29,6 +32,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fedmpt.kernels import triton_asymmetric_loss as loss
+from fedmpt.kernels import triton_region_backward as backward
+from fedmpt.kernels import triton_region_blocks as blocks
+from fedmpt.kernels import triton_region_forward as forward
 from fedmpt.kernels import triton_region_tiles as tiles
 from fedmpt.kernels.triton_region_backward import label_gradient_kernel, patch_gradient_kernel, plan_kernel
 from fedmpt.kernels.triton_region_forward import blocked_kernel, plane_kernel
@@ -99,9 +105,8 @@ def build(kernel: str, dtype: str, tile: tiles.Tile, pooling: str, adapted: bool
         "BLOCK_C": tile.c,
         "BLOCK_D": tile.d,
     }
-    most = tiles.GRADIENT_REGISTERS if "gradient" in kernel else None
     items = tuple((shared | constants).items())
-    return Build(kernel, dtype, tile.warps, tile.stages, items, most_registers=most)
+    return Build(kernel, dtype, tile.warps, tile.stages, items, most_registers=tile.registers)
 
 
 def builds(dtypes: Iterable[str], poolings: Iterable[str], adapters: Iterable[bool]) -> Iterator[Build]:
@@ -141,8 +146,6 @@ def compile_build(build: Build) -> Resources:
     region_kernel = "z_ptr" in kernel.arg_names
     typed = ("z_ptr", "t_ptr", "h_ptr", "k_ptr", "y_ptr") if region_kernel else ("psi_ptr",)
     constants = dict(build.constants)
-    if region_kernel:  # a contiguous last dimension, as cached tokens have it
-        constants |= {name: 1 for name in ("stride_d", "y_stride_d") if name in kernel.arg_names}
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -178,6 +181,13 @@ def compile_build(build: Build) -> Resources:
     if registers is None or not spills:
         raise RuntimeError(f"{build}: ptxas reported no resources:\n{log.getvalue()}")
     return Resources(build, compiled.metadata.shared, int(registers[1]), sum(map(int, spills)))
+
+
+def sources_digest() -> str:
+    """Names the kernels' code, comments aside: a record tells which code it was made of."""
+    modules = (blocks, backward, forward, tiles, loss)
+    code = "\n".join(ast.unparse(ast.parse(inspect.getsource(module))) for module in modules)
+    return hashlib.sha256(code.encode()).hexdigest()[:12]
 
 
 def describe(result: Resources) -> str:
@@ -245,7 +255,8 @@ def main(arguments: list[str] | None = None) -> int:
         print_rows("The most that any configuration needs", rows)
         verdict = (
             f"{len(results)} configurations compiled for tokens in {', '.join(options.dtype)}; "
-            f"{len(unfit)} do not fit their chip or spill registers."
+            f"{len(unfit)} do not fit their chip or spill registers. Widths, ranks and strides are multiples of 16. "
+            f"Code {sources_digest()}."
         )
         path = append_record("kernel_resources", rows, notes=verdict)
         print(f"{verdict} Recorded in {path}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib.util import find_spec
 
 from torch import Tensor
@@ -32,8 +33,8 @@ def region_transport(
     if pooling not in reference.POOLINGS:
         raise ValueError(f"pooling is {pooling!r}; use one of {', '.join(reference.POOLINGS)}")
     for name, value in (("tau", tau), ("reg", reg), ("logit_scale", logit_scale)):
-        if not value > 0:
-            raise ValueError(f"{name} is {value}; it must be above 0")
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} is {value}; it must be above 0 and finite")
     if iterations < 1:
         raise ValueError(f"iterations is {iterations}; at least 1 is needed")
     implementation = reference.region_transport

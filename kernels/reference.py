@@ -7,6 +7,7 @@ in float32 (float64 where an input is float64), and nothing depends on the value
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -17,8 +18,9 @@ POOLINGS = ("transport", "softmax", "max")
 
 SCALING_REG = 0.02
 """Smallest λ for which Sinkhorn may scale ``exp(−K/λ)`` itself. Costs lie in [0, 1], so centred exponents lie
-within ±1/2λ, and (each half step being non-expansive in the logarithm) every intermediate within
-exp(±1.5/λ) times C, which float32 holds up to 1/λ = 50. Below it, the logarithms are iterated."""
+within ±1/2λ, and (each half step being non-expansive in the logarithm, and both marginals of one mass) every
+intermediate within exp(±1.5/λ) times C, however many iterations: float32 holds that up to 1/λ = 50. Below it,
+the logarithms are iterated."""
 
 
 def region_transport(
@@ -108,11 +110,11 @@ def adapter_terms(
 
 def transport_weights(scaled: Tensor, reg: float, iterations: int) -> Tensor:
     """C times the transport plan for similarities ℓ/τ [B, N, M, C]: columns sum to 1 over the patches."""
-    count = scaled.shape[3]
-    row = scaled.amax(3).log_softmax(2)[..., None]  # [B, N, M, 1]
+    # Both marginals have the total mass C: else the duals would drift apart by ln C in every iteration.
+    row = scaled.amax(3).log_softmax(2)[..., None] + math.log(scaled.shape[3])  # [B, N, M, 1]
     affinity = (scaled.softmax(3) - 0.5) / reg  # −K/λ, centred
     if reg >= SCALING_REG:
-        return _sinkhorn_scaling(affinity.exp(), row.exp(), iterations, count)
+        return _sinkhorn_scaling(affinity.exp(), row.exp(), iterations)
     column = torch.zeros_like(affinity[:, :, :1])
     for _ in range(iterations):
         u = row - (affinity + column).logsumexp(3, keepdim=True)
@@ -120,9 +122,9 @@ def transport_weights(scaled: Tensor, reg: float, iterations: int) -> Tensor:
     return (affinity + u + column).exp()
 
 
-def _sinkhorn_scaling(kernel: Tensor, row: Tensor, iterations: int, count: int) -> Tensor:
+def _sinkhorn_scaling(kernel: Tensor, row: Tensor, iterations: int) -> Tensor:
     """Sinkhorn's iterations on the scalings themselves, as products with kernel [B, N, M, C]."""
-    column = torch.full_like(kernel[:, :, :1], 1 / count)  # [B, N, 1, C]; the plan times C throughout
+    column = torch.ones_like(kernel[:, :, :1])  # [B, N, 1, C]
     for _ in range(iterations):
         u = row / (kernel @ column.transpose(2, 3))
         column = 1 / (u.transpose(2, 3) @ kernel)

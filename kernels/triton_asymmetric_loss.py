@@ -234,7 +234,8 @@ def gated_asymmetric_loss(
     clip: float,
 ) -> Tensor:
     """``reference.gated_asymmetric_loss`` by Triton kernels, in float32."""
-    arguments = psi, gate, scale, bias, labels.to(torch.int8), gamma_pos, gamma_neg, clip
+    signs = labels if labels.dtype == torch.int8 else labels.sign().to(torch.int8)
+    arguments = psi, gate, scale, bias, signs, gamma_pos, gamma_neg, clip
     results: tuple[Tensor, Tensor] = _forward(*arguments)
     return results[0]
 

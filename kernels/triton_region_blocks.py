@@ -92,11 +92,14 @@ def load_inverse_norm(inverse_norm_ptr, rows, in_m, ADAPTED: tl.constexpr, BLOCK
 
 
 @triton.jit
-def log_row_marginal(b_row_max, in_m):
-    """log softmax over the patches of each patch's best x; −inf outside M."""
+def log_row_marginal(b_row_max, in_m, C):
+    """log of C times the softmax over the patches of each patch's best x; −inf outside M.
+
+    Both marginals have the total mass C: else the duals would drift apart by ln C in every iteration.
+    """
     b_row_max = tl.where(in_m, b_row_max, NEGATIVE_INFINITY)
     highest = tl.max(b_row_max, 0)
-    return b_row_max - highest - tl.log(tl.sum(tl.exp(b_row_max - highest), 0))
+    return b_row_max - highest - tl.log(tl.sum(tl.exp(b_row_max - highest), 0) / C)
 
 
 @triton.jit

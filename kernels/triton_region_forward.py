@@ -117,12 +117,12 @@ def plane_kernel(
         b_total = tl.sum(b_p, 1)
         b_row_lse = b_row_max + tl.log(b_total)
         b_affinity = (b_p * (1.0 / b_total)[:, None] - 0.5) * inverse_reg
-        b_row = log_row_marginal(b_row_max, in_m)
+        b_row = log_row_marginal(b_row_max, in_m, C)
         if SCALING:
             b_w = tl.exp(b_affinity)
             b_a = tl.exp(b_row)
             b_u = b_a
-            b_v = tl.where(in_c, 1.0 / C, 0.0)
+            b_v = tl.where(in_c, 1.0, 0.0)
             for _ in range(iterations):
                 b_u = b_a / tl.sum(b_w * b_v[None, :], 1)
                 b_v = tl.where(in_c, 1.0 / tl.sum(b_w * b_u[:, None], 0), 0.0)
@@ -211,7 +211,7 @@ def blocked_kernel(
             )  # fmt: skip
             b_x = tl.where((labels < C)[None, :], b_cosine * scale, NEGATIVE_INFINITY)
             b_max, b_sum = fold_logsumexp(b_max, b_sum, b_x)
-        b_row = log_row_marginal(b_max, in_m)
+        b_row = log_row_marginal(b_max, in_m, C)
         b_row_lse = b_max + tl.log(b_sum)
         for sweep in range(iterations):
             b_max = tl.full((BLOCK_M,), NEGATIVE_INFINITY, tl.float32)

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 ITERATIONS = ("scalings", "logarithms", "none")
 """What Sinkhorn iterates; nothing for the other poolings."""
 
-MAXIMUM_PATCHES = {2: 1024, 4: 256}  # by bytes a token element
+MAXIMUM_PATCHES = {2: 1024, 4: 512}
+"""By bytes a token element; every float32 tile for more that was tried spills registers."""
+
 RANK_BLOCKS = (32, 128)
 MAXIMUM_RANK = RANK_BLOCKS[-1]
 
@@ -35,6 +37,11 @@ class Tile:
     pool: tuple[int, int] = (0, 0)
     y: int = 0
 
+    @property
+    def registers(self) -> int:
+        """All that a thread can have: left alone, ptxas spills some to run two programs on a multiprocessor."""
+        return min(255, 65536 // (32 * self.warps))
+
 
 PLANES = {
     2: (
@@ -51,11 +58,12 @@ PLANES = {
         Tile(256, 32, 32, 8, 2),
     ),
 }
-"""Planes that stay on chip, by bytes a token element, in the order in which they are tried. None spills registers."""
+"""Planes that stay on chip, by bytes a token element, in the order in which they are tried. None spills registers where
+the width, rank and strides are multiples of 16, as CLIP's are; others do, and stay correct."""
 
 BLOCKED = {
     2: (Tile(256, 32, 32, 8, 2), Tile(1024, 8, 16, 16, 1)),
-    4: (Tile(256, 16, 16, 16, 2),),
+    4: (Tile(256, 16, 16, 16, 2), Tile(512, 8, 16, 16, 1)),
 }
 """The second path, by M: blocks of labels, for planes that fit none of the above."""
 
@@ -70,9 +78,6 @@ PATCH_GRADIENTS = {
     4: (Tile(32, 32, 32, 8, 2, y=32),),
 }
 """The same for patches."""
-
-GRADIENT_REGISTERS = 255
-"""What a thread of these kernels may use: left alone, ptxas spills some to run two programs on a multiprocessor."""
 
 
 def forward_tile(patches: int, labels: int, itemsize: int, iterates: str) -> tuple[Tile, bool]:

@@ -16,7 +16,6 @@ from fedmpt.kernels import reference
 from fedmpt.kernels.triton_region_backward import label_gradient_kernel, patch_gradient_kernel, plan_kernel
 from fedmpt.kernels.triton_region_forward import blocked_kernel, plane_kernel
 from fedmpt.kernels.triton_region_tiles import (
-    GRADIENT_REGISTERS,
     LABEL_GRADIENTS,
     MAXIMUM_PATCHES,
     MAXIMUM_RANK,
@@ -36,13 +35,12 @@ LABEL_GRADIENT_PROGRAMS = 264
 
 def supports(tokens: Tensor, text: Tensor, adapters: tuple[Tensor, Tensor] | None) -> bool:
     """Whether the kernels take these sizes and dtypes; what they do not take is the reference's."""
-    rank = adapters[0].shape[1] if adapters else 0
     return (
         tokens.dtype in DTYPES
         and all(t.dtype in DTYPES for t in (text, *(adapters or ())))
         and 0 not in tokens.shape
         and tokens.shape[-2] <= MAXIMUM_PATCHES[tokens.element_size()]
-        and rank <= MAXIMUM_RANK
+        and (adapters is None or 0 < adapters[0].shape[1] <= MAXIMUM_RANK)
     )
 
 
@@ -184,7 +182,7 @@ def _backward(
         partial = empty(triton.cdiv(b, per_group), n, c, width)
         label_gradient_kernel[(blocks, width_blocks, len(partial))](
             *inputs, y, partial, b, *sizes, width, *_token_strides(y), scale, 1 / reg, per_group,
-            BLOCK_Y=block, maxnreg=GRADIENT_REGISTERS, **_constants(by_label, pooling, hidden),
+            BLOCK_Y=block, **_constants(by_label, pooling, hidden),
         )  # fmt: skip
         return partial.sum(0)
 
@@ -192,8 +190,7 @@ def _backward(
         gradient = empty(b, parts, m, width)
         patch_gradient_kernel[(b * parts, triton.cdiv(m, by_patch.m), triton.cdiv(width, block))](
             *inputs, y, gradient, gradient if norm is None else norm, *sizes, width, scale, 1 / reg, parts,
-            WRITE_NORM=norm is not None, BLOCK_Y=block, maxnreg=GRADIENT_REGISTERS,
-            **_constants(by_patch, pooling, hidden),
+            WRITE_NORM=norm is not None, BLOCK_Y=block, **_constants(by_patch, pooling, hidden),
         )  # fmt: skip
         return gradient
 
@@ -311,6 +308,7 @@ def _constants(tile: Tile, pooling: str, hidden: Tensor | None) -> dict[str, Any
         "BLOCK_D": tile.d,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
+        "maxnreg": tile.registers,
         "enable_fp_fusion": True,  # a multiply-add rounds once; Triton's own default changes between versions
     }
 

@@ -61,6 +61,28 @@ def test_plan_equals_the_naive_one_in_both_domains(s: float, reg: float, dtype: 
         np.testing.assert_allclose(psi[b, n], 5 * (exact * cosine[b, n]).sum(0), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("reg", [0.2, reference.SCALING_REG, 0.005])
+@pytest.mark.parametrize(("c", "iterations"), [(20, 50), (80, 50), (365, 200)])
+def test_many_labels_and_iterations_lose_no_precision(reg: float, c: int, iterations: int) -> None:
+    tokens, text = features(b=1, n=1, m=29, c=c, dtype=torch.float32)
+    options = PAPER | {"reg": reg, "iterations": iterations}
+    _, plan = reference.region_transport(tokens, text, return_plan=True, **options)
+    cosine = torch.einsum("bmd,ncd->bnmc", tokens.double(), text.double())[0, 0].numpy()
+    exact = naive_plan(cosine, PAPER["logit_scale"], PAPER["tau"], reg, iterations)
+    np.testing.assert_allclose(plan[0, 0].numpy(), exact, rtol=1e-3, atol=1e-4 * exact.max())
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.5, 0.1])
+def test_sharp_costs_do_not_underflow_at_the_smallest_scaled_reg(tau: float) -> None:
+    tokens, text = features(b=2, m=197, c=20, d=64, dtype=torch.float32)
+    options = PAPER | {"tau": tau, "reg": reference.SCALING_REG}
+    psi, exact = (
+        reference.region_transport(tokens.to(dtype), text.to(dtype), **options)
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert (psi - exact).abs().max() < 5e-5
+
+
 @pytest.mark.parametrize("pooling", reference.POOLINGS)
 @pytest.mark.parametrize("reg", [0.2, 0.005])
 def test_columns_of_every_plan_sum_to_one_over_c(pooling: str, reg: float) -> None:

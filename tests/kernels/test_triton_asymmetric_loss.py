@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedmpt.kernels import reference
+from fedmpt.kernels import dispatch, reference
 from fedmpt.kernels import triton_asymmetric_loss as loss
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -47,7 +47,7 @@ def assert_equals_float64(inputs: list[Tensor], labels: Tensor, options: dict[st
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("b", [2, 7])
-@pytest.mark.parametrize(("n", "c"), [(1, 1), (5, 20), (3, 127), (4, 129), (17, 300), (33, 33)])
+@pytest.mark.parametrize(("n", "c"), [(1, 1), (5, 20), (3, 127), (9, 40), (4, 129), (17, 300), (33, 33)])
 def test_loss_and_gradients_at_every_shape(dtype: torch.dtype, b: int, n: int, c: int, device: str) -> None:
     assert_equals_float64(*inputs_of(b, n, c, dtype, device))
 
@@ -110,6 +110,25 @@ def test_strided_scores_and_labels_of_any_dtype(kind: torch.dtype, device: str) 
     psi = inputs[0].detach().permute(2, 0, 1).contiguous().permute(1, 2, 0).requires_grad_()
     assert not psi.is_contiguous()
     assert_equals_float64([psi, *inputs[1:]], labels.T.contiguous().T.to(kind))
+
+
+def test_labels_between_the_three_count_by_their_sign_as_in_the_reference(device: str) -> None:
+    psi, gate, scale, bias = inputs_of(2, 2, 4, torch.float32, device)[0]
+    labels = torch.tensor([[0.5, -0.5, 0.0, 1.0], [-1.0, 2.0, 0.0, -3.0]], device=device)
+    found, expected = (
+        module.gated_asymmetric_loss(psi, gate, scale, bias, labels, **LOSS) for module in (loss, reference)
+    )
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(("n", "dtype"), [(65, torch.float32), (2, torch.float64)])
+def test_the_public_function_leaves_to_the_reference_what_the_kernels_do_not_take(
+    n: int, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "_takes_triton", lambda tensor: True)  # as on CUDA
+    monkeypatch.setattr(loss, "gated_asymmetric_loss", lambda *_, **__: pytest.fail("the kernels ran"))
+    inputs, labels = inputs_of(2, n, 3, dtype, device)
+    assert dispatch.gated_asymmetric_loss(*inputs, labels, **LOSS).dtype == dtype
 
 
 def test_registered_operator_passes_torchs_own_checks(device: str) -> None:
