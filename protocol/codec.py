@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,16 @@ from fedmpt.protocol.errors import FedmptError
 from fedmpt.protocol.files import write_atomically
 from fedmpt.protocol.manifest import TensorSpec, canonical_json
 from fedmpt.protocol.messages import ENCODINGS, VERSION, MessageError, parse_object, read_record
+from fedmpt.protocol.text import quoted
 from fedmpt.protocol.topics import MAXIMUM_ROUND, TopicError, check_name
 
 State = dict[str, NDArray[np.float32]]
 
 MAXIMUM_HEADER_BYTES = 64 << 10
 MAXIMUM_METRICS = 32
+MAXIMUM_METRIC = 1e12  # a metric's magnitude, so that sums over clients and photos stay finite
 SMALLEST = 2.0**-100  # tensors below it count as zero in the scaled encodings, whose arithmetic is float32
+_METRIC_NAME = re.compile(r"[ -~]{1,64}")
 _STORED = {"float32": ("F32", "<f4"), "float16": ("F16", "<f2"), "int8": ("I8", "i1")}
 
 
@@ -120,7 +124,7 @@ def encode_update(update: Update, encoding: str) -> bytes:
     """An update as safetensors bytes, with its difference in ``float32``, ``float16`` or ``int8``.
 
     Raises:
-        CodecError: a value of the difference or a metric is not finite.
+        CodecError: a value of the difference is not finite, or a metric's name or magnitude is out of bounds.
     """
     stored: dict[str, NDArray[Any]] = {}
     scales: dict[str, float] = {}
@@ -283,12 +287,20 @@ def check_update_header(header: UpdateHeader, names: Collection[str], where: str
         raise CodecError("round", f"{where}: round is not between 0 and {MAXIMUM_ROUND}")
     if header.samples < 0 or header.validation_samples < 0:
         raise CodecError("samples", f"{where}: a number of samples is negative")
-    if len(header.metrics) > MAXIMUM_METRICS or any(len(name) > 64 for name in header.metrics):
+    if len(header.metrics) > MAXIMUM_METRICS:
         raise CodecError(
-            "metrics", f"{where}: more than {MAXIMUM_METRICS} metrics, or a name over 64 characters"
+            "metrics", f"{where}: {len(header.metrics)} metrics, but at most {MAXIMUM_METRICS} are accepted"
         )
-    if not all(math.isfinite(value) for value in header.metrics.values()):
-        raise CodecError("metrics", f"{where}: a metric is not finite")
+    for name, value in header.metrics.items():
+        if not _METRIC_NAME.fullmatch(name):
+            raise CodecError(
+                "metrics", f"{where}: metric name {quoted(name)} is not 1 to 64 printable ASCII characters"
+            )
+        if not abs(value) <= MAXIMUM_METRIC:
+            raise CodecError(
+                "metrics",
+                f"{where}: metric {quoted(name)} is {value:.6g}, but its magnitude may be at most {MAXIMUM_METRIC:g}",
+            )
     if set(header.scales) != (set() if header.encoding == "float32" else set(names)):
         raise CodecError("scale", f"{where}: the scales are not those of the tensors")
     if not all(0 < value < math.inf for value in header.scales.values()):
@@ -301,12 +313,12 @@ def _read_tensors(
     try:
         entries = dict(safetensors.deserialize(data))  # type: ignore[no-untyped-call]
     except safetensors.SafetensorError as error:
-        raise CodecError("format", f"{where}: damaged safetensors payload ({error})") from None
+        raise CodecError("format", f"{where}: damaged safetensors payload ({quoted(str(error))})") from None
     if entries.keys() != specs.keys():
         missing, unknown = sorted(specs.keys() - entries), sorted(entries.keys() - specs)
         raise CodecError(
             "names",
-            f"{where}: tensors missing: {_listed(missing)}; unknown: {_listed(unknown)}; "
+            f"{where}: tensors missing: {_listed(missing)}; unknown: {_listed(map(quoted, unknown))}; "
             f"exactly {_listed(sorted(specs))} are accepted",
         )
     tensors: State = {}
@@ -324,7 +336,9 @@ def _read_tensor(
     if entry["dtype"] != kind:
         raise CodecError("dtype", f"{where}: {name} is {entry['dtype']}, but {kind} is accepted")
     if tuple(entry["shape"]) != shape:
-        raise CodecError("shape", f"{where}: {name} is {entry['shape']}, but {list(shape)} is accepted")
+        raise CodecError(
+            "shape", f"{where}: {name} is {str(entry['shape'])[:80]}, but {list(shape)} is accepted"
+        )
     stored = np.frombuffer(entry["data"], dtype=dtype).reshape(shape)
     tensor = stored.astype(np.float32)
     if encoding != "float32":
@@ -345,6 +359,7 @@ def _shape(spec: TensorSpec) -> tuple[int, ...]:
     return tuple(int(size) for size in spec.shape)
 
 
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(name[:40] for name in names[:8]) or "none"
-    return shown + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+def _listed(names: Iterable[str]) -> str:
+    listed = list(names)
+    shown = ", ".join(listed[:8]) or "none"
+    return shown + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from fedmpt.protocol.errors import FedmptError
 from fedmpt.protocol.files import sha256_file, write_atomically
+from fedmpt.protocol.text import quoted
 
 FORMAT = "fedmpt-bundle"
 VERSION = 1
@@ -165,6 +166,7 @@ def load_manifest(folder: Path) -> BundleManifest:
                 f"{path}: larger than {MAXIMUM_MANIFEST_BYTES} bytes; this is no bundle manifest"
             )
         value = json.loads(path.read_bytes())
+        canonical_json(value)  # what cannot be written again has no digest
     except FileNotFoundError:
         raise BundleError(f"{path}: not found; give the folder that `fedmpt bundle` wrote") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -248,7 +250,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return {
             key: item
             if type(item) is item_kind and item_kind in _PLAIN
-            else _convert(item_kind, item, f"{where}.{key}")
+            else _convert(item_kind, item, f"{where}[{quoted(key)}]")
             for key, item in value.items()
         }
     accepted = kinds if origin in (typing.Union, types.UnionType) else (kind,)

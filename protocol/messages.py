@@ -1,7 +1,8 @@
 """The JSON messages of protocol v1 as frozen dataclasses.
 
 Every message carries ``version``. Readers ignore fields that they do not know and refuse versions that they
-do not know; a message is bounded in size before it is parsed, and every number in it is finite.
+do not know; a message is bounded in size before it is parsed, every number in it is finite, and all its text can be
+written again as UTF-8.
 """
 
 from __future__ import annotations
@@ -199,11 +200,15 @@ def read_record(kind: type[AnyMessage], data: bytes | str, where: str, maximum_b
 
 
 def parse_object(data: bytes | str, where: str, maximum_bytes: int) -> dict[str, Any]:
-    """Parse a JSON object whose numbers are finite; raises MessageError."""
+    """Parse a JSON object whose numbers are finite and whose text is Unicode; raises MessageError."""
     if len(data) > maximum_bytes:
         raise MessageError(f"{where}: {len(data)} bytes, but at most {maximum_bytes} are read")
     try:
-        value = _DECODER.decode(data if isinstance(data, str) else data.decode())
+        text = data if isinstance(data, str) else data.decode()
+        value = _DECODER.decode(text)
+        # Half a surrogate pair, which no UTF-8 can hold, comes from an escape, or from a caller's own string.
+        if "\\u" in text or not text.isascii():
+            _ENCODER.encode(value).encode()
     except (ValueError, RecursionError) as error:
         raise MessageError(f"{where}: cannot be read as JSON ({error})") from None
     if not isinstance(value, dict):

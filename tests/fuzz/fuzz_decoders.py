@@ -42,7 +42,8 @@ def fuzz_update(data: bytes) -> None:
 def fuzz_update_header(data: bytes) -> None:
     """The mutated bytes are the JSON header of an otherwise sound container, so that deeper checks are reached."""
     container = json.dumps({"__metadata__": {"fedmpt": data.decode("utf-8", "replace")}}).encode()
-    codec.decode_update(len(container).to_bytes(8, "little") + container, SPECS, 1 << 16)
+    update, _ = codec.decode_update(len(container).to_bytes(8, "little") + container, SPECS, 1 << 16)
+    manifest.canonical_json(update.metrics)
 
 
 def fuzz_screen(data: bytes) -> None:
@@ -76,8 +77,9 @@ class _Blocks:
 
 
 def fuzz_messages(data: bytes) -> None:
+    """What was read can be written again, by whoever answers it or passes it on."""
     kind = KINDS[data[0] % len(KINDS)] if data else KINDS[0]
-    messages.from_json(kind, data[1:], "fuzz")
+    messages.to_json(messages.from_json(kind, data[1:], "fuzz"))
 
 
 def fuzz_manifest(data: bytes) -> None:

@@ -178,7 +178,7 @@ def test_an_update_of_some_tensors_is_refused_where_all_are_trained() -> None:
 def test_an_update_of_all_tensors_is_refused_where_some_are_trained() -> None:
     error = refused(codec.encode_update(an_update(), "float32"), specs={"scale": SPECS["scale"]})
     assert error.check == "names"
-    assert "unknown: class_context" in str(error)
+    assert "unknown: 'class_context'" in str(error)
 
 
 def test_size_is_checked_before_anything_else() -> None:
@@ -233,11 +233,41 @@ def test_scales_that_do_not_fit_are_refused(scales: dict[str, float]) -> None:
         ({"encoding": "float64"}, "encoding"),
         ({"metrics": {str(n): 0.0 for n in range(33)}}, "metrics"),
         ({"metrics": {"mAP": 10**400}}, "format"),
+        ({"metrics": {"mAP": 1e308}}, "metrics"),
+        ({"metrics": {"mAP": -1.0001e12}}, "metrics"),
+        ({"metrics": {"": 0.5}}, "metrics"),
+        ({"metrics": {"m" * 65: 0.5}}, "metrics"),
+        ({"metrics": {"\x1b[2J": 0.5}}, "metrics"),
+        ({"metrics": {"\ud800": 0.5}}, "format"),
+        ({"base": "\ud800"}, "format"),
     ],
     ids=str,
 )
 def test_a_header_out_of_range_is_refused(changes: dict[str, object], check: str) -> None:
     assert refused(tampered(codec.encode_update(an_update(), "float32"), **changes)).check == check
+
+
+def test_metrics_at_their_bounds_are_taken() -> None:
+    metrics = {"m" * 64: codec.MAXIMUM_METRIC, "a metric": -codec.MAXIMUM_METRIC}
+    payload = codec.encode_update(an_update(metrics=metrics), "float32")
+    assert codec.decode_update(payload, SPECS, LIMIT)[0].metrics == metrics
+
+
+def test_a_strangers_text_in_a_refusal_is_quoted_and_cut() -> None:
+    names = {f"{number}\n\x1b]0;owned\x07" + "x" * 500: np.zeros(1, np.float32) for number in range(20)}
+    text = str(refused(codec.encode_update(an_update(names), "float32"), limit=1 << 20))
+    assert r"unknown: '0\n\x1b]0;owned\x07xxx" in text
+    assert text.isprintable()
+    assert len(text) < 900
+
+
+def test_a_shape_of_thousands_of_dimensions_is_cut_in_the_refusal() -> None:
+    payload = codec.encode_update(an_update(), "float32")
+    size = int.from_bytes(payload[:8], "little")
+    header = payload[8 : 8 + size].replace(b'"shape":[]', b'"shape":[' + b"1," * 9999 + b"1]")
+    error = refused(len(header).to_bytes(8, "little") + header + payload[8 + size :], limit=1 << 20)
+    assert error.check == "shape"
+    assert len(str(error)) < 200
 
 
 def test_unknown_header_fields_are_ignored() -> None:

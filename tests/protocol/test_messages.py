@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmpt.protocol.messages import MAXIMUM_BYTES, MessageError, Presence, Receipt, from_json, to_json
+from fedmpt.protocol.messages import (
+    MAXIMUM_BYTES,
+    MessageError,
+    Presence,
+    Receipt,
+    from_json,
+    parse_object,
+    to_json,
+)
 
 PRESENCE = Presence("birds", "site-a", True, "ab" * 32, 120, {"engine": "onnx"})
 
@@ -51,7 +59,7 @@ def test_a_missing_field_is_named() -> None:
         ({"samples": True}, "samples: expected int, got bool"),
         ({"samples": -1}, "samples is negative"),
         ({"client": "a/b"}, "client name"),
-        ({"capabilities": {"engine": 1}}, "capabilities.engine: expected str"),
+        ({"capabilities": {"engine": 1}}, r"capabilities\['engine'\]: expected str"),
     ],
     ids=str,
 )
@@ -71,6 +79,37 @@ def test_numbers_that_overflow_are_refused() -> None:
         read(b'{"version": 1, "time": 1e999}')
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"bundle": "\ud800"}, {"capabilities": {"\udfff": "x"}}, {"weather": ["\ud83d"]}],
+    ids=["a field", "a key", "an unknown field"],
+)
+def test_half_a_surrogate_pair_is_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(
+        MessageError, match="presence/site-a: cannot be read as JSON .*surrogates not allowed"
+    ):
+        read(changed(**changes))
+
+
+def test_half_a_surrogate_pair_in_text_is_refused() -> None:
+    with pytest.raises(MessageError, match="surrogates not allowed"):
+        parse_object('{"a": "\ud800"}', "text", 100)
+
+
+def test_a_whole_surrogate_pair_is_one_character() -> None:
+    assert (
+        read(changed(capabilities={"mood": "\N{GRINNING FACE}"})).capabilities["mood"] == "\N{GRINNING FACE}"
+    )
+
+
+def test_a_strangers_text_in_an_error_is_quoted_and_cut() -> None:
+    with pytest.raises(MessageError) as caught:
+        read(changed(capabilities={"\x1b]0;owned\x07\nround closed" + "x" * 9000: 1}))
+    assert str(caught.value).isprintable()
+    assert r"capabilities['\x1b]0;owned\x07\nround closedxxx" in str(caught.value)
+    assert len(str(caught.value)) < 150
+
+
 def test_size_is_checked_before_parsing() -> None:
     limit = MAXIMUM_BYTES[Presence]
     with pytest.raises(MessageError, match=f"{limit + 1} bytes, but at most {limit} are read"):
@@ -88,9 +127,10 @@ def test_any_bytes_give_a_message_error(data: bytes) -> None:
         read(data)
 
 
+any_text = st.text(st.characters(), max_size=10)  # half surrogate pairs too
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=10),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | any_text,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(any_text, inner, max_size=3),
     max_leaves=5,
 )
 
@@ -98,4 +138,5 @@ json_values = st.recursive(
 @given(st.dictionaries(st.sampled_from(sorted(json.loads(to_json(PRESENCE)))), json_values, min_size=1))
 def test_any_field_values_give_a_message_or_a_message_error(changes: dict[str, object]) -> None:
     with contextlib.suppress(MessageError):
-        assert isinstance(read(changed(**changes)), Presence)
+        message = read(changed(**changes))
+        assert read(to_json(message)) == message

@@ -86,6 +86,19 @@ def test_half_a_surrogate_pair_is_left_to_decoding() -> None:
     assert norm_when_decoded(broken) == math.inf
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [(r"\\ud800", "0.5"), ("AAAAAA", "1e308"), (r"\\u001b", "0.5")], ids=str
+)
+def test_a_metric_that_cannot_be_summed_or_written_does_not_pass(name: str, value: str) -> None:
+    payload = payload_of("float32", metrics={"AAAAAA": 0.5})
+    size = int.from_bytes(payload[:8], "little")
+    header = payload[8 : 8 + size].replace(b'AAAAAA\\":0.5', f'{name}\\":{value}'.encode())
+    assert value.encode() in header
+    broken = len(header).to_bytes(8, "little") + header + payload[8 + size :]
+    assert SCREEN.header(broken) is None
+    assert norm_when_decoded(broken) == math.inf
+
+
 @settings(max_examples=400, deadline=None)
 @given(st.sampled_from(ENCODINGS), st.data())
 def test_nothing_passes_that_decoding_refuses(encoding: str, data: st.DataObject) -> None:
