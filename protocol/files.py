@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
+import secrets
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
 @contextmanager
-def atomic_path(target: Path, mode: int = 0o644) -> Iterator[Path]:
+def atomic_path(target: Path, mode: int | None = None) -> Iterator[Path]:
     """Yield a temporary path in the target's folder; on success it replaces the target durably.
 
-    The folder is made if it is missing. On an exception the temporary file goes and the target stays. Until
-    the end only the owner can read the temporary file; then it gets the permissions ``mode``.
+    The folder is made if it is missing. On an exception the temporary file goes and the target stays. The result
+    has the permissions ``mode``; where None, permissions and owner of the file that it replaces (the owner only if
+    this account may give files away), and a new file follows the umask. The temporary file is never open to more
+    accounts than the result.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
-    os.close(descriptor)
-    temporary = Path(name)
+    replaced = _status(target) if mode is None else None
+    # Not the whole name: a name as long as the file system allows leaves no room for more.
+    temporary = target.with_name(f".{target.name[:32]}.{secrets.token_hex(8)}.part")
+    new = mode is None and replaced is None
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666 if new else 0o600))
     try:
         yield temporary
-        temporary.chmod(mode)
+        if replaced:
+            with suppress(PermissionError):
+                os.chown(temporary, replaced.st_uid, replaced.st_gid)
+            mode = stat.S_IMODE(replaced.st_mode)
+        if mode is not None:
+            temporary.chmod(mode)
         sync_path(temporary)
         temporary.replace(target)
         sync_path(target.parent)
@@ -54,3 +64,10 @@ def sha256_file(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _status(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        return None
