@@ -2,7 +2,8 @@
 
 A photo's labels go into ``dc:subject``, ``digiKam:TagsList`` and ``lr:HierarchicalSubject``. For each of these a
 property of the same name in this program's own namespace notes which values came from here. So a later run takes back
-its own tags and never anyone else's, and a tag that a person has taken out stays out.
+its own tags and never anyone else's, and a tag that a person has taken out stays out. The latter two properties hold
+paths in a hierarchy of tags: a label that somebody has filed under others (``Animals/dog``) is known by its last part.
 
 Sources: XMP Specification Part 1 (ISO 16684-1) for packet, RDF and containers; names and container kinds of the three
 properties as in ExifTool's tag tables for XMP-dc, XMP-digiKam and XMP-lr.
@@ -15,7 +16,7 @@ declaration and with it all entities.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 from xml.dom import XMLNS_NAMESPACE
@@ -24,17 +25,19 @@ from xml.parsers.expat import ExpatError
 
 from defusedxml import DefusedXmlException, minidom
 
+from fedmpt.edge_client.tagging import SUFFIXES
 from fedmpt.protocol.errors import FedmptError
 from fedmpt.protocol.files import write_atomically
 
 RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
 OWN = "urn:fedmpt:xmp:1/"
-# prefix, namespace, property, container
+# prefix, namespace, property, container, what separates the levels of a path of tags ("": no paths)
 KEYWORDS = (
-    ("dc", "http://purl.org/dc/elements/1.1/", "subject", "Bag"),
-    ("digiKam", "http://www.digikam.org/ns/1.0/", "TagsList", "Seq"),
-    ("lr", "http://ns.adobe.com/lightroom/1.0/", "hierarchicalSubject", "Bag"),
+    ("dc", "http://purl.org/dc/elements/1.1/", "subject", "Bag", ""),
+    ("digiKam", "http://www.digikam.org/ns/1.0/", "TagsList", "Seq", "/"),
+    ("lr", "http://ns.adobe.com/lightroom/1.0/", "hierarchicalSubject", "Bag", "|"),
 )
+SEPARATORS = re.compile("[/|]")
 MAXIMUM_BYTES = 8 << 20  # the tree takes up to a hundred times as much
 NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 # Written as they are, a reader would make spaces of them in attributes and a line feed of every carriage return.
@@ -51,12 +54,28 @@ class XmpError(FedmptError):
 
 
 def sidecar_path(photo: Path, naming: str = "photo.jpg.xmp") -> Path:
-    """The sidecar of a photo: ``photo.jpg.xmp`` (digiKam, darktable, Immich) or ``photo.xmp`` (Lightroom)."""
-    return photo.with_suffix(".xmp") if naming == "photo.xmp" else photo.with_name(photo.name + ".xmp")
+    """The sidecar of a photo: ``photo.jpg.xmp`` (digiKam, darktable, Immich) or ``photo.xmp`` (Adobe).
+
+    Raises:
+        XmpError: ``photo.xmp`` would be another photo's sidecar too, and each would take the other's tags out.
+    """
+    if naming != "photo.xmp":
+        return photo.with_name(photo.name + ".xmp")
+    spellings = [spelling for suffix in sorted(SUFFIXES) for spelling in (suffix, suffix.upper())]
+    for other in map(photo.with_suffix, spellings):
+        if other != photo and other.exists() and not (photo.exists() and other.samefile(photo)):
+            raise XmpError(
+                f"{photo}: {other.name} has the same sidecar, {photo.stem}.xmp; rename one, or use --sidecar "
+                "photo.jpg.xmp"
+            )
+    return photo.with_suffix(".xmp")
 
 
 def write_tags(sidecar: Path, labels: Sequence[str]) -> bool:
     """Make ``labels`` this program's keywords in a sidecar, new or existing; others' content stays.
+
+    In a label ``/`` and ``|`` become ``-``: digiKam and Lightroom would read levels of a hierarchy. Of a symbolic
+    link the target is written.
 
     Returns:
         Whether the file was written: not if it says so already.
@@ -70,7 +89,7 @@ def write_tags(sidecar: Path, labels: Sequence[str]) -> bool:
         after = merge_tags(before or EMPTY, labels, str(sidecar))
         if after in (before, EMPTY):
             return False
-        write_atomically(sidecar, after)
+        write_atomically(sidecar.resolve(strict=sidecar.is_symlink()), after)
     except OSError as error:
         raise XmpError(f"{sidecar}: {error.strerror or error}") from error
     return True
@@ -88,11 +107,12 @@ def merge_tags(packet: bytes, labels: Sequence[str], where: str) -> bytes:
         rdf = next(_elements(document.documentElement, RDF, "RDF"), None)
     if rdf is None:
         raise XmpError(f"{where}: has no rdf:RDF, so it is no XMP sidecar; move it away and run again")
-    wanted = list(dict.fromkeys(labels))
+    wanted = list(dict.fromkeys(SEPARATORS.sub("-", label) for label in labels))
     for label in wanted:
         if NOT_XML.search(label):
             raise XmpError(f"{where}: the label {label!r} cannot be written as XML; rename it")
-    changes = [_merge(rdf, *keyword, wanted, where) for keyword in KEYWORDS]
+    filed = _filed(rdf, where)
+    changes = [_merge(rdf, *keyword, wanted, filed, where) for keyword in KEYWORDS]
     if not any(changes):
         return packet
     declared = packet.removeprefix(b"\xef\xbb\xbf").startswith(b"<?xml ")
@@ -100,10 +120,21 @@ def merge_tags(packet: bytes, labels: Sequence[str], where: str) -> bytes:
 
 
 def _merge(
-    rdf: Element, prefix: str, namespace: str, name: str, kind: str, wanted: list[str], where: str
+    rdf: Element,
+    prefix: str,
+    namespace: str,
+    name: str,
+    kind: str,
+    separator: str,
+    labels: list[str],
+    filed: dict[str, list[str]],
+    where: str,
 ) -> bool:
     keywords, own = _find(rdf, namespace, name, where), _find(rdf, OWN, name, where)
     present, ours = _values(keywords), _values(own)
+    wanted = labels
+    if separator:
+        wanted = [_place(label, separator, (present, ours), filed) for label in labels]
     gone = [label for label in ours if label not in wanted]
     new = [label for label in wanted if label not in present and label not in ours]
     if not gone and not new:
@@ -121,6 +152,25 @@ def _merge(
         if not any(_elements(container)):
             _remove(container.parentNode)
     return True
+
+
+def _filed(rdf: Element, where: str) -> dict[str, list[str]]:
+    """The longest path of tags that ends in each tag, in whichever property it stands."""
+    filed: dict[str, list[str]] = {}
+    for _, namespace, name, _, separator in KEYWORDS:
+        for value in _values(_find(rdf, namespace, name, where)) if separator else ():
+            path = value.split(separator)
+            if len(path) > len(filed.get(path[-1], ())):
+                filed[path[-1]] = path
+    return filed
+
+
+def _place(label: str, separator: str, known: Iterable[list[str]], filed: dict[str, list[str]]) -> str:
+    """The value that stands for a label in one property: as it is there already, or as another property has it."""
+    for values in known:
+        if found := [value for value in values if value.split(separator)[-1] == label]:
+            return max(found, key=len)
+    return separator.join(filed.get(label, [label]))
 
 
 def _find(rdf: Element, namespace: str, name: str, where: str) -> Element | None:
