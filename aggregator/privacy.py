@@ -6,10 +6,15 @@ of clients *chosen* (public: the ``round`` message names them), not of those tha
 federations differ in one client's whole contribution, in every round: its updates against zeros. Rounds
 compose without any credit for sampling, because who was chosen is published (McMahan et al. 2018; Dwork and
 Roth 2014).
+
+The guarantee is for everybody but the aggregator, the broker and the operator, who see each update as it comes. So
+what clients write (updates and presence, with their numbers of photos) is for these three only, and `fedmpt certs`
+makes a broker's ACL to that end. What all may read (round, state, status) has no client's metrics or counts.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import secrets
 from collections.abc import Iterable, Mapping
@@ -19,6 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmpt.protocol.errors import FedmptError
+
+MAXIMUM_EPSILON = 20.0  # the redistricting data of the US census of 2020 had 19.61
+# Noise multiplier over the square root of the number of rounds; below it, ε is above the largest whatever δ is, and
+# the accountant would need minutes and gigabytes to say so.
+MINIMUM_NOISE = 0.25
 
 
 class PrivacyError(FedmptError):
@@ -34,11 +44,15 @@ class PrivacySettings:
     delta: float
 
 
-def check_privacy(settings: PrivacySettings, *, strategy: str, metrics: bool, clients: int) -> None:
+def check_privacy(
+    settings: PrivacySettings, *, strategy: str, metrics: bool, clients: int, rounds: int
+) -> None:
     """Refuse settings that would publish a number without the guarantee that the operator asked for.
 
+    ``clients`` is how many may be chosen for a round, ``rounds`` how many states will be published.
+
     Raises:
-        PrivacyError: names the setting and what to choose instead.
+        PrivacyError: names the setting and what to choose instead; or the accounting library is missing.
     """
     if not (math.isfinite(settings.noise_multiplier) and settings.noise_multiplier > 0):
         raise PrivacyError(
@@ -51,7 +65,7 @@ def check_privacy(settings: PrivacySettings, *, strategy: str, metrics: bool, cl
     if not 0 < settings.delta < 1 / clients:
         raise PrivacyError(
             f"privacy: delta {settings.delta} must lie between 0 and 1/{clients} (one over the number of "
-            "clients); else publishing one client's data outright would count as private"
+            "clients that a round may choose); else publishing one client's data outright would count as private"
         )
     if strategy != "uniform":
         raise PrivacyError(
@@ -59,6 +73,17 @@ def check_privacy(settings: PrivacySettings, *, strategy: str, metrics: bool, cl
         )
     if metrics:
         raise PrivacyError("privacy: clients' metrics are published without noise; turn metrics off")
+    least = MINIMUM_NOISE * math.sqrt(rounds)
+    if settings.noise_multiplier < least:
+        raise PrivacyError(
+            f"privacy: noise multiplier {settings.noise_multiplier:g} gives no guarantee worth the name over "
+            f"{rounds} rounds (ε would be above {MAXIMUM_EPSILON:g}); take one above {least:.3g}, or fewer rounds"
+        )
+    if (value := epsilon(settings, rounds)) > MAXIMUM_EPSILON:
+        raise PrivacyError(
+            f"privacy: ε would be {value:.3g} at δ = {settings.delta:g} after {rounds} rounds, but at most "
+            f"{MAXIMUM_EPSILON:g} is allowed; take a larger noise multiplier, or fewer rounds"
+        )
 
 
 def privatise(
@@ -103,11 +128,12 @@ def secure_normal(shape: tuple[int, ...]) -> NDArray[np.float64]:
     return np.asarray(normal.sum(axis=0) / 2).reshape(shape)
 
 
+@functools.cache
 def epsilon(settings: PrivacySettings, rounds: int) -> float:
     """The ε of (ε, δ) after ``rounds`` published rounds, by privacy loss distributions.
 
     Raises:
-        PrivacyError: the accounting library is not installed.
+        PrivacyError: the accounting library is not installed, or cannot handle the settings.
     """
     try:
         import dp_accounting
@@ -118,6 +144,14 @@ def epsilon(settings: PrivacySettings, rounds: int) -> float:
         ) from None
     if rounds == 0:
         return 0.0
-    accountant = PLDAccountant()
-    accountant.compose(dp_accounting.GaussianDpEvent(settings.noise_multiplier), rounds)
-    return float(accountant.get_epsilon(settings.delta))
+    # Rounded up to a grid that grows with the noise's inverse, like ε itself; so it takes a second at most.
+    interval = 1e-4 * max(1.0, math.sqrt(rounds) / settings.noise_multiplier)
+    try:
+        accountant = PLDAccountant(value_discretization_interval=interval)
+        accountant.compose(dp_accounting.GaussianDpEvent(settings.noise_multiplier), rounds)
+        return float(accountant.get_epsilon(settings.delta))
+    except Exception as error:  # the library promises nothing about what it raises
+        raise PrivacyError(
+            f"privacy: the accounting library cannot handle noise multiplier {settings.noise_multiplier:g} and "
+            f"δ = {settings.delta:g} over {rounds} rounds ({error}); choose less extreme ones"
+        ) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from fedmpt.aggregator.privacy import PrivacySettings, check_privacy
-from fedmpt.aggregator.rounds import RoundSettings
+from fedmpt.aggregator.rounds import MAXIMUM_CHOSEN, RoundSettings
 from fedmpt.aggregator.strategies import StrategySettings
 from fedmpt.protocol.codec import state_limit
 from fedmpt.protocol.errors import FedmptError
@@ -13,7 +13,8 @@ from fedmpt.protocol.manifest import BundleManifest
 from fedmpt.protocol.messages import ENCODINGS, Limits, Manifest
 from fedmpt.protocol.topics import check_name
 
-MAXIMUM_SAMPLES = 10_000_000
+MAXIMUM_SAMPLES = 10_000_000  # unless the operator says otherwise, to this many at most:
+LARGEST_MAXIMUM_SAMPLES = 10**12
 MAXIMUM_NORM = 1000.0
 
 
@@ -46,14 +47,17 @@ class FederationSettings:
             raise SettingsError(
                 f"update encoding {self.encoding!r} is unknown; take one of {', '.join(ENCODINGS)}"
             )
-        if self.refusals < 1 or self.samples < 1 or not 0 < self.norm < 1e30:
-            raise SettingsError("the limits on refusals, samples and norm must be positive")
+        if self.refusals < 1 or not 0 < self.norm < 1e30:
+            raise SettingsError("the limits on refusals and norm must be positive")
+        if not 1 <= self.samples <= LARGEST_MAXIMUM_SAMPLES:
+            raise SettingsError(f"the limit on samples must be 1 to {LARGEST_MAXIMUM_SAMPLES}")
         if self.privacy:
             check_privacy(
                 self.privacy,
                 strategy=self.strategy.name,
                 metrics=self.metrics,
-                clients=self.rounds.clients_min,
+                clients=MAXIMUM_CHOSEN,
+                rounds=self.rounds.rounds + self.rounds.calibrate,
             )
 
 
