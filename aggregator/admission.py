@@ -11,6 +11,7 @@ from fedmpt.protocol.codec import CodecError, Update, UpdateHeader, decode_updat
 from fedmpt.protocol.manifest import TensorSpec
 from fedmpt.protocol.messages import Limits
 from fedmpt.protocol.screening import Screen
+from fedmpt.protocol.text import quoted
 
 # In the order in which they are made. The codec makes those from ``size`` to ``finite``.
 CHECKS = (
@@ -84,7 +85,8 @@ def admit(payload: bytes, client: str, context: AdmissionContext) -> Admitted | 
         )
     if update.base != context.base:
         return Refused(
-            "base", f"its base state is {update.base[:12]}…, but the round's is {context.base[:12]}…"
+            "base",
+            f"its base state is {quoted(update.base[:12])}…, but the round's is '{context.base[:12]}'…",
         )
     if not 1 <= update.samples <= context.limits.samples:
         return Refused("samples", f"{update.samples} samples, but 1 to {context.limits.samples} are accepted")

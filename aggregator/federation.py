@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from fedmpt.aggregator.privacy import epsilon, privatise
 from fedmpt.aggregator.rounds import (
     first_round,
     following_round,
+    is_exhausted,
     is_overdue,
     open_round,
     renewed_round,
@@ -36,6 +38,7 @@ from fedmpt.protocol.messages import (
     from_json,
     to_json,
 )
+from fedmpt.protocol.text import quoted
 from fedmpt.protocol.topics import Topics
 
 logger = logging.getLogger(__name__)
@@ -45,6 +48,8 @@ MAXIMUM_CLIENTS = 100_000
 # stale or duplicate updates count like that many refusals.
 REPEATS_PER_REFUSAL = 10
 CALIBRATED = ("bias", "scale")
+REASON_CHARACTERS = 1000  # a receipt must stay within what its reader takes
+LISTED_REFUSALS = 100  # clients that a round's history names with their refusals
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,8 @@ class Federation:
 
     Call ``receive`` for updates, ``commit`` before acknowledging them, ``presence`` for presence messages, and
     ``tick`` often: it opens and closes rounds and returns what is to be published.
+
+    Whatever a client sends, nothing but a receipt comes of it; only the store's errors leave these methods.
     """
 
     def __init__(
@@ -93,7 +100,7 @@ class Federation:
         self._received = store.clients()
         self._admission = self._context()
         if history := store.history():
-            self._latest_metrics = history[-1]["metrics"]
+            self._latest_metrics = history[-1].get("metrics", {})
 
     @property
     def finished(self) -> bool:
@@ -129,7 +136,8 @@ class Federation:
                 number,
                 _sha256(payload),
                 "bundle",
-                f"its bundle is {message.bundle[:12]}…, but this federation's is {self.manifest.bundle[:12]}…; "
+                f"its bundle is {quoted(message.bundle[:12])}…, but this federation's is "
+                f"'{self.manifest.bundle[:12]}'…; "
                 "copy the aggregator's bundle folder to the site",
             )
         elif len(self._present) < MAXIMUM_CLIENTS:
@@ -180,17 +188,18 @@ class Federation:
         """Open, close or renew the round as it is due at ``now``; what is to be published for that."""
         before = self.round
         if self.round.opened is not None:
-            silent = self._admission.chosen & self._muted_clients() - self._received
-            if should_close(self.round, self.settings.rounds, len(self._received), len(silent), now):
+            received, silent = len(self._received), len(self._silent())
+            if should_close(self.round, self.settings.rounds, received, silent, now):
                 self._close(now)
             elif is_overdue(self.round, now):
-                logger.warning(
-                    "round renewed", extra={"round": self.round.number, "reason": "no update came"}
-                )
-                self.round = renewed_round(self.round, now)
+                self._renew("no update came", now)
                 self._forgive()
+            elif is_exhausted(self.round, received, silent):
+                # Nobody is forgiven, or the same clients would be chosen and muted over and over.
+                self._renew("all chosen clients are muted", now)
         if self.round.opened is None and not self.finished:
-            opened = open_round(self.round, self.settings.rounds, self._present, now)
+            eligible = self._present - self._muted_clients()
+            opened = open_round(self.round, self.settings.rounds, eligible, now)
             if opened is not self.round:
                 self.round = opened
                 self._store.save_round(opened)
@@ -239,21 +248,20 @@ class Federation:
     def _waiting(self) -> str:
         if self.finished:
             return ""
-        missing = self.settings.rounds.clients_min - len(self._present)
+        muted = sorted(self._muted_clients())
         if self.round.opened is None:
-            return (
-                ""
-                if missing <= 0
-                else f"waiting for {missing} more client{'s' if missing > 1 else ''} to begin"
-            )
-        absent = [
-            client
-            for client in self.round.chosen
-            if client not in self._received and client not in self._present
-        ]
-        if absent and len(absent) == len(self.round.chosen) - len(self._received):
-            names = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
-            return f"waiting for absent clients: {names}"
+            missing = self.settings.rounds.clients_min - len(self._present.difference(muted))
+            if missing <= 0:
+                return ""
+            text = f"waiting for {missing} more client{'s' if missing > 1 else ''} to begin"
+            if muted:
+                text += (
+                    f", without those muted until a round ends or the aggregator is restarted: {_some(muted)}"
+                )
+            return text
+        awaited = self._admission.chosen - self._received - set(muted)
+        if awaited and awaited.isdisjoint(self._present):
+            return f"waiting for absent clients: {_some(sorted(awaited))}"
         return ""
 
     def _round_message(self) -> Outgoing:
@@ -288,8 +296,29 @@ class Federation:
             metrics=self.settings.metrics,
         )
 
+    def _renew(self, reason: str, now: float) -> None:
+        logger.warning("round renewed", extra={"round": self.round.number, "reason": reason})
+        self.round = renewed_round(self.round, now)
+        self._store.save_round(self.round)
+
     def _close(self, now: float) -> None:
-        """Aggregate the round's updates and make the next round's state durable, in one transaction."""
+        """Aggregate the round's updates and make the next round's state durable, in one transaction.
+
+        An update that cannot be used after all is dropped instead, and the round stays open.
+        """
+        try:
+            self._aggregate(now)
+        except _UnusableUpdate as error:
+            client = error.client
+            logger.error(
+                "update dropped",
+                extra={"client": client, "round": self.round.number, "reason": quoted(str(error.__cause__))},
+            )
+            self._store.drop_update(client)
+            self._received.discard(client)
+            self._refusals[client] = self.settings.refusals + 1
+
+    def _aggregate(self, now: float) -> None:
         closing, base = self.round, self.digest
         calibrating = closing.phase == "calibrate"
         summary = RoundSummary()
@@ -297,8 +326,12 @@ class Federation:
         def contributions() -> Iterator[Contribution]:
             summary.begin()
             for client, payload in self._store.updates():
-                update, _ = decode_update(payload, self.trainable, self.manifest.limits.update_bytes)
-                summary.add(update, len(payload))
+                try:
+                    update, _ = decode_update(payload, self.trainable, self.manifest.limits.update_bytes)
+                    summary.add(update, len(payload))
+                except Exception as error:
+                    # It was admitted, so this is a mistake of ours, and it must not stop the federation.
+                    raise _UnusableUpdate(client) from error
                 yield Contribution(client, update.samples, update.difference)
 
         if self.settings.privacy:
@@ -322,21 +355,27 @@ class Federation:
             "chosen": len(closing.chosen),
             "received": len(summary.bytes),
             "refused": sum(self._refusals.values()),
-            "samples": summary.samples,
+            "refusals": dict(Counter(self._refusals).most_common(LISTED_REFUSALS)),
             "bytes": summary.bytes,
             "metrics": self._latest_metrics,
-            "validation_samples": summary.validation_samples,
             "base": base,
             "state": self.digest,
         }
-        if self.settings.privacy:
+        if not self.settings.privacy:
+            history["samples"] = summary.samples
+            history["validation_samples"] = summary.validation_samples
+        else:
             history["epsilon"] = epsilon(self.settings.privacy, len(self._store.history()) + 1)
         self._store.close_round(self.round, self._payload, self._memory, history)
         self._received.clear()
         self._forgive()
         logger.info(
             "round closed",
-            extra={key: value for key, value in history.items() if key not in ("bytes", "opened", "closed")},
+            extra={
+                key: value
+                for key, value in history.items()
+                if key not in ("bytes", "refusals", "opened", "closed")
+            },
         )
 
     def _muted(self, client: str) -> bool:
@@ -345,6 +384,10 @@ class Federation:
 
     def _muted_clients(self) -> set[str]:
         return {client for client in self._refusals.keys() | self._repeats.keys() if self._muted(client)}
+
+    def _silent(self) -> Set[str]:
+        """The chosen clients that can no longer answer."""
+        return self._admission.chosen & self._muted_clients() - self._received
 
     def _forgive(self) -> None:
         self._refusals.clear()
@@ -376,7 +419,19 @@ class Federation:
     def _receipt(
         self, client: str, number: int, update: str, status: str, check: str, reason: str
     ) -> Receipt:
-        return Receipt(self.settings.name, client, number, update, status, check, reason)
+        return Receipt(self.settings.name, client, number, update, status, check, reason[:REASON_CHARACTERS])
+
+
+class _UnusableUpdate(Exception):
+    """The stored update of ``client`` can be decoded or counted no more; the cause says why."""
+
+    def __init__(self, client: str) -> None:
+        super().__init__(client)
+        self.client = client
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _sha256(payload: bytes) -> str:

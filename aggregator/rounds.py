@@ -1,7 +1,8 @@
 """The round state machine: plain functions on plain data, with time passed in (Unix seconds).
 
 A round opens when enough clients are present, and closes at its quorum, or at its deadline if any update came.
-A deadline without any update renews the round: the same base state, the clients chosen anew.
+A deadline without any update renews the round: the same base state, the clients chosen anew. A round without a
+deadline is renewed where all its chosen clients have been muted before any update came.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def following_round(state: RoundState, settings: RoundSettings, now: float) -> R
 
 
 def renewed_round(state: RoundState, now: float) -> RoundState:
-    """The same round waiting anew, after a deadline without any update."""
+    """The same round waiting anew, where no update came or can come."""
     return edit(state, replace(state, opened=None, deadline=None, chosen=()), now)
 
 
@@ -119,6 +120,11 @@ def should_close(state: RoundState, settings: RoundSettings, received: int, mute
         return False
     quorum = math.ceil(settings.quorum * (len(state.chosen) - muted))
     return received >= quorum or is_overdue(state, now)
+
+
+def is_exhausted(state: RoundState, received: int, muted: int) -> bool:
+    """Whether the open round would never end: all chosen clients are ``muted``, and no deadline forgives them."""
+    return state.deadline is None and received == 0 and muted >= len(state.chosen)
 
 
 def is_overdue(state: RoundState, now: float) -> bool:

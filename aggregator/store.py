@@ -5,9 +5,10 @@ only then may they be acknowledged. Closing a round is one transaction. ``histor
 repeats the closed rounds for people and reports, one JSON object a line:
 
 ``round``, ``phase``, ``opened`` and ``closed`` (Unix seconds), ``seconds``, ``chosen`` and ``received`` (numbers
-of clients), ``refused``, ``samples``, ``bytes`` (payload bytes by client), ``metrics`` (of the round's *base*
-state, means weighted by validation photos), ``validation_samples``, ``base`` and ``state`` (digests before and
-after), and ``epsilon`` with differential privacy.
+of clients), ``refused`` and ``refusals`` (in all, and by client: the 100 with the most), ``bytes`` (payload bytes by
+client), ``metrics`` (of the round's *base* state, means weighted by validation photos), ``base`` and ``state``
+(digests before and after), ``samples`` and ``validation_samples``; with differential privacy ``epsilon`` in
+place of these two.
 """
 
 from __future__ import annotations
@@ -141,6 +142,10 @@ class Store:
         """Make the updates that were added durable."""
         with self._errors():
             self._updates.commit()
+
+    def drop_update(self, client: str) -> None:
+        """Leave out a client's update of the open round; a restart finds it again."""
+        self._updates.drop(client)
 
     def clients(self) -> set[str]:
         """Who has an update in the open round."""

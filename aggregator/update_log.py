@@ -74,6 +74,10 @@ class UpdateLog:
             os.fdatasync(self._file.fileno())
         self._waiting.clear()
 
+    def drop(self, client: str) -> None:
+        """Leave out a client's update; its record stays in the file until the round ends."""
+        del self._places[client]
+
     def clients(self) -> set[str]:
         """Whose updates it has."""
         return set(self._places)

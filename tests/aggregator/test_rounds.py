@@ -10,6 +10,7 @@ from fedmpt.aggregator.rounds import (
     choose,
     first_round,
     following_round,
+    is_exhausted,
     is_overdue,
     open_round,
     renewed_round,
@@ -66,6 +67,22 @@ def test_nobody_waits_for_muted_clients() -> None:
     opened = open_round(first_round(everybody), everybody, FOUR, now=0.0)
     assert not should_close(opened, everybody, received=3, muted=0, now=1.0)
     assert should_close(opened, everybody, received=3, muted=1, now=1.0)
+
+
+@pytest.mark.parametrize(
+    ("received", "muted", "exhausted"), [(0, 3, False), (0, 4, True), (1, 3, False), (4, 0, False)]
+)
+def test_a_round_whose_chosen_clients_are_all_muted_is_exhausted(
+    received: int, muted: int, exhausted: bool
+) -> None:
+    endless = RoundSettings(rounds=1, calibrate=False)
+    opened = open_round(first_round(endless), endless, FOUR, now=0.0)
+    assert is_exhausted(opened, received, muted) is exhausted
+
+
+def test_a_round_with_a_deadline_is_not_exhausted_before_it() -> None:
+    opened = open_round(first_round(SETTINGS), SETTINGS, FOUR, now=0.0)
+    assert not is_exhausted(opened, received=0, muted=4)
 
 
 def test_the_choice_is_seeded_and_differs_between_rounds() -> None:

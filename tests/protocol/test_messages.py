@@ -86,7 +86,7 @@ def test_numbers_that_overflow_are_refused() -> None:
 )
 def test_half_a_surrogate_pair_is_refused(changes: dict[str, object]) -> None:
     with pytest.raises(
-        MessageError, match="presence/site-a: cannot be read as JSON .*surrogates not allowed"
+        MessageError, match=r"presence/site-a: cannot be read as JSON .*surrogates not allowed"
     ):
         read(changed(**changes))
 
