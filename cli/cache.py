@@ -13,6 +13,7 @@ from fedmpt.cli.logs import show_logs
 from fedmpt.cli.progress import progress_bar
 from fedmpt.edge_client.cache import CacheReport, build_cache
 from fedmpt.edge_client.datasets import (
+    DatasetError,
     LabelledPhoto,
     read_coco,
     read_folder,
@@ -131,6 +132,8 @@ def _read(arguments: argparse.Namespace, labels: tuple[str, ...]) -> list[Labell
         ignore_others=arguments.ignore_other_labels,
         unknown_as_negative=arguments.unknown_as_negative,
     )
+    if not folder.is_dir():
+        raise DatasetError(f"{folder}: no such folder; give the folder of the labelled photos")
     selection = None
     if arguments.split:
         named = folder / "ImageSets" / "Main" / f"{arguments.split}.txt"
@@ -139,6 +142,10 @@ def _read(arguments: argparse.Namespace, labels: tuple[str, ...]) -> list[Labell
         return read_coco(arguments.coco, folder, rules, selection=selection)
     if (folder / "Annotations").is_dir():
         return read_voc(folder, rules, selection=selection, difficult_unknown=arguments.difficult_unknown)
+    if not (folder / "labels.csv").exists():
+        raise DatasetError(
+            f"{folder}: holds neither labels.csv nor Annotations (PASCAL VOC); for a COCO file give --coco"
+        )
     return read_folder(folder, rules, selection=selection)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import ipaddress
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +32,8 @@ the mosquitto configuration and ACL with which a client can write only its own t
 Give each site ca.pem, doctor.pem, doctor.key and its own .pem and .key, over a channel that you trust; keep
 ca.key to yourself."""
 
+MAXIMUM_DAYS = 36500
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Describe the command's options."""
@@ -44,16 +48,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--host",
         action="append",
         required=True,
+        type=_host,
         help="DNS name or IP address by which clients reach the broker; repeat for more",
     )
     parser.add_argument("--client", action="append", default=[], help="name of a client; repeat for more")
     parser.add_argument("--port", type=int, default=8883, help="the broker's TLS port (default: 8883)")
     parser.add_argument("--days", type=int, default=365, help="validity of certificates (default: 365)")
     parser.add_argument("--json", action="store_true", help="print the written files as JSON")
+    parser.set_defaults(usage_error=parser.error)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the files; certificates that exist already are kept."""
+    if not 0 < arguments.port < 1 << 16:
+        arguments.usage_error("--port must be 1 to 65535")
+    if not 0 < arguments.days <= MAXIMUM_DAYS:
+        arguments.usage_error(f"--days must be 1 to {MAXIMUM_DAYS}")
     check_name("federation", arguments.federation)
     for client in arguments.client:
         check_name("client", client)
@@ -98,3 +108,14 @@ def _all_or_nothing(folder: Path) -> Iterator[None]:
             else:
                 path.unlink()
         raise
+
+
+def _host(text: str) -> str:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        if not re.fullmatch(r"[A-Za-z0-9*_.-]+", text):
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is neither an IP address nor a DNS name (one with other letters than a-z: its xn-- form)"
+            ) from None
+    return text

@@ -7,13 +7,13 @@ import json
 from pathlib import Path
 
 from fedmpt.cli.logs import show_logs
+from fedmpt.cli.options import load_tuned_state
 from fedmpt.cli.progress import progress_bar
 from fedmpt.edge_client.cache import open_cache
 from fedmpt.edge_client.engine import ENGINES, open_engine
 from fedmpt.edge_client.evaluation import Evaluation, evaluate
 from fedmpt.edge_client.metrics import Pair
 from fedmpt.edge_client.onnx_session import DEVICES
-from fedmpt.protocol.codec import load_state
 from fedmpt.protocol.errors import FedmptError
 from fedmpt.protocol.manifest import load_manifest
 
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.usage_error("--threads must be at least 1")
     show_logs()
     manifest = load_manifest(arguments.bundle)
-    state = load_state(arguments.state or arguments.bundle / "state.safetensors", manifest.state)
+    state = load_tuned_state(arguments.state or arguments.bundle / "state.safetensors", manifest)
     pairs = _read_pairs(arguments.pairs, manifest.labels) if arguments.pairs else None
     cache = open_cache(arguments.cache, manifest)
     validation = open_cache(arguments.validation, manifest) if arguments.validation else None

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from fedmpt.cli.failures import require_writable
 from fedmpt.cli.logs import show_logs
+from fedmpt.cli.options import load_tuned_state
 from fedmpt.cli.progress import ProgressCallback, progress_bar
 from fedmpt.edge_client.cache import FeatureCache, open_cache
 from fedmpt.edge_client.engine import open_engine, predict
@@ -27,7 +28,7 @@ from fedmpt.edge_client.tagging import Tagged, find_photos, tag_photos
 from fedmpt.export.tagger import Calibration, export_tagger
 from fedmpt.export.tagger_graph import ExportError
 from fedmpt.export.tagger_precision import PRECISIONS
-from fedmpt.protocol.codec import State, load_provenance, load_state
+from fedmpt.protocol.codec import State, load_provenance
 from fedmpt.protocol.manifest import BundleManifest, load_manifest
 from fedmpt.protocol.tagger_info import Measurement
 
@@ -90,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
     require_writable(arguments.out)
     show_logs()
     manifest = load_manifest(arguments.bundle)
-    state = load_state(arguments.state, manifest.state)
+    state = load_tuned_state(arguments.state, manifest)
     calibration = measurement = compare = None
     if arguments.validation:
         validation = open_cache(arguments.validation, manifest)

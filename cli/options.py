@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from fedmpt.protocol.address import BrokerAddress, parse_broker
+from fedmpt.protocol.codec import CodecError, State, load_state
 from fedmpt.protocol.errors import FedmptError
+from fedmpt.protocol.manifest import BundleManifest
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -58,6 +60,20 @@ def broker_address(arguments: argparse.Namespace) -> BrokerAddress:
         username=os.environ.get("FEDMPT_MQTT_USERNAME", address.username),
         password=os.environ.get("FEDMPT_MQTT_PASSWORD"),
     )
+
+
+def load_tuned_state(path: Path, bundle: BundleManifest) -> State:
+    """The state that a user gives for a bundle.
+
+    Raises:
+        CodecError: missing, unreadable, or not a state of such a bundle.
+    """
+    try:
+        return load_state(path, bundle.state)
+    except CodecError as error:
+        if error.check == "file":
+            raise
+        raise CodecError(error.check, f"{error}. Is it a state that was tuned with this bundle?") from error
 
 
 def allow_config(parser: argparse.ArgumentParser, table: str) -> None:

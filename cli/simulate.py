@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 from rich.console import Console
@@ -38,7 +39,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--workers", type=int, default=1, help="processes of one core each (%(default)s)")
     parser.add_argument(
-        "--scheduler", metavar="ADDRESS", help="a running Dask scheduler, such as tcp://head-node:8786"
+        "--scheduler",
+        type=_address,
+        metavar="ADDRESS",
+        help="a running Dask scheduler, such as tcp://head-node:8786",
     )
     parser.add_argument(
         "--set",
@@ -48,12 +52,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="change one of the experiment's shared settings (may be repeated)",
     )
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+    parser.set_defaults(usage_error=parser.error)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run an experiment, print its table, write its pages."""
     from fedmpt.simulation.experiments import SHIPPED, load_experiment
 
+    if arguments.workers < 1:
+        arguments.usage_error("--workers must be at least 1")
     if arguments.experiment == "list":
         titles = {path.stem: load_experiment(path.stem).title for path in sorted(SHIPPED.glob("*.toml"))}
         if arguments.json:
@@ -104,3 +111,9 @@ def run(arguments: argparse.Namespace) -> int:
     Console().print(table)
     print(f"report: {out / 'report.html'}")
     return 0
+
+
+def _address(text: str) -> str:
+    if not re.fullmatch(r"(\w+://)?[^/\s]+:\d+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} has no port; write it as tcp://host:8786")
+    return text

@@ -59,6 +59,14 @@ def test_fails_if_no_photo_can_be_read(tiny_bundle, photos, tmp_path, capsys):
     assert "none of 3 photos could be read" in capsys.readouterr().err
 
 
+def test_a_folder_without_labels_is_told_apart_from_none(tiny_bundle, tmp_path, capsys):
+    assert fedmpt_cache(tmp_path / "none", tiny_bundle, tmp_path / "cache") == 1
+    assert f"{tmp_path / 'none'}: no such folder" in capsys.readouterr().err
+    (tmp_path / "none").mkdir()
+    assert fedmpt_cache(tmp_path / "none", tiny_bundle, tmp_path / "cache") == 1
+    assert "holds neither labels.csv nor Annotations" in capsys.readouterr().err
+
+
 def test_reports_as_json(tiny_bundle, photos, tmp_path, capsys):
     (photos / "b.png").write_bytes((photos / "a.png").read_bytes())
     (photos / "c.png").write_bytes(b"no image")

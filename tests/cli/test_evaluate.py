@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from fedmpt.cli import main
+from fedmpt.simulation.demo import BUNDLE
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +63,12 @@ def test_prints_json_with_thresholds_from_validation_photos(tiny_bundle, caches,
     assert figures["average_precision"]["potted plant"] is None
 
 
-def test_a_state_of_another_bundle_is_refused(tiny_bundle, caches, tmp_path, capsys):
-    (tmp_path / "state.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")
-    assert fedmpt_evaluate(tiny_bundle, caches, "--state", tmp_path / "state.safetensors") == 1
-    assert "state.safetensors" in capsys.readouterr().err
+def test_a_state_of_another_bundle_is_refused(tiny_bundle, caches, capsys):
+    state = BUNDLE / "state.safetensors"
+    assert fedmpt_evaluate(tiny_bundle, caches, "--state", state) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"fedmpt evaluate: {state}: ")
+    assert error.endswith("Is it a state that was tuned with this bundle?\n")
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,19 @@ def test_the_overview_lists_every_command_with_a_line(capsys: pytest.CaptureFixt
         assert line.split()[0] in text
 
 
-@pytest.mark.parametrize("arguments", [[], ["no-such-command"], ["tag", "--no-such-option"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["no-such-command"],
+        ["tag", "--no-such-option"],
+        ["simulate", "voc-2007", "--workers", "0"],
+        ["simulate", "voc-2007", "--scheduler", "head-node"],
+        ["certs", "--out", "none", "--federation", "farm", "--host", "bücher.example"],
+        ["certs", "--out", "none", "--federation", "farm", "--host", "::1", "--port", "70000"],
+        ["certs", "--out", "none", "--federation", "farm", "--host", "broker.example", "--days", "0"],
+    ],
+)
 def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
