@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import glob
 import os
 import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
 from fedmpt.cli.progress import progress_bar
 from fedmpt.edge_client import tag_results
+from fedmpt.edge_client.heatmaps import write_explanations
 from fedmpt.edge_client.images import PhotoError
 from fedmpt.edge_client.tag_journal import Journal
 from fedmpt.edge_client.tagger import Tagger
@@ -23,8 +26,18 @@ from fedmpt.edge_client.xmp import XmpError, sidecar_path, write_tags
 from fedmpt.protocol.errors import FedmptError
 from fedmpt.protocol.files import sha256_file
 
+DESCRIPTION = """\
+Tag photos offline. Photos are files, folders (with all below), glob patterns or - (names on standard input, one a
+line). Results are JSON Lines, CSV rows or XMP sidecars; photos are never modified. Exit code 1 if any photo could not
+be tagged.
+
+digiKam, darktable and Immich read the sidecars. Lightroom reads sidecars of proprietary raw files only, which this
+command does not take; of JPEG, TIFF, PNG and DNG it reads the file itself. exiftool puts the tags into copies:
+  exiftool -tagsFromFile %d%f.%e.xmp '-XMP-dc:Subject+<XMP-dc:Subject' \\
+    '-XMP-lr:HierarchicalSubject+<XMP-lr:HierarchicalSubject' -ext jpg -o tagged/ photos/"""
 WATCH_SECONDS = 2.0
 EXPLANATION_SIZE = 448  # pixels
+DRAWINGS_JOURNAL = ".journal"  # in the folder of --explain, so that it goes when that is removed
 
 
 class TagError(FedmptError):
@@ -33,14 +46,11 @@ class TagError(FedmptError):
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``fedmpt tag``."""
-    parser.description = (
-        "Tag photos offline. Photos are files, folders (with all below), glob patterns or - (names on standard "
-        "input, one a line). Results are JSON Lines, CSV rows or XMP sidecars; photos are never modified. "
-        "Exit code 1 if any photo could not be tagged."
-    )
+    parser.description = DESCRIPTION
     parser.epilog = (
         "Examples:\n"
         "  fedmpt tag --tagger tagger.onnx photos/ --out tags.jsonl   (run again: goes on where it stopped)\n"
+        "  fedmpt tag --tagger tagger.onnx photos/ --format xmp --journal photos.journal   (goes on likewise)\n"
         "  fedmpt tag --tagger tagger.onnx photos/ --format xmp --watch\n"
         "  fedmpt tag --tagger tagger.onnx --serve"
     )
@@ -51,17 +61,29 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--json", dest="format", action="store_const", const="json", help="same as --format json"
     )
     parser.add_argument("--out", type=Path, help="file for the results; a later run adds what is new")
-    parser.add_argument("--journal", type=Path, help="where finished photos are noted (OUT.journal)")
+    parser.add_argument(
+        "--journal",
+        type=Path,
+        help="where finished photos are noted, so that a later run goes on (OUT.journal; --format xmp has none "
+        "unless you name one, and goes through all photos again)",
+    )
     parser.add_argument("--top", type=_positive, metavar="N", help="at most N labels a photo")
     parser.add_argument(
         "--min-probability", type=_probability, metavar="P", help="one threshold instead of the tagger's own"
     )
-    parser.add_argument("--explain", type=Path, metavar="DIR", help="write a heat map (PNG) per label found")
+    parser.add_argument(
+        "--explain",
+        type=Path,
+        metavar="DIR",
+        help="write a heat map (PNG) per label found, also for photos that are in OUT already; what is in DIR is "
+        "not tagged",
+    )
     parser.add_argument(
         "--sidecar",
         choices=("photo.jpg.xmp", "photo.xmp"),
         default="photo.jpg.xmp",
-        help="name of sidecars: digiKam, darktable and Immich use the first, Lightroom the second (%(default)s)",
+        help="name of sidecars: digiKam, darktable and Immich use the first; the second is what Adobe's programs give "
+        "the raw file of that name, refused where two photos would share it (%(default)s)",
     )
     parser.add_argument("--watch", action="store_true", help="keep running and tag photos as they appear")
     parser.add_argument("--serve", action="store_true", help="serve a web page on this machine instead")
@@ -84,6 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.usage_error("--journal needs --out: results on standard output cannot be continued")
     if arguments.out and arguments.format == "xmp":
         arguments.usage_error("--format xmp writes sidecars beside the photos; --out is for json and csv")
+    _check_sources(arguments)
     tagger = Tagger.load(arguments.tagger, arguments.device, arguments.threads)
     if arguments.serve:
         return _serve(tagger, arguments.host, arguments.port)
@@ -102,24 +125,68 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _check_sources(arguments: argparse.Namespace) -> None:
+    """Refuse what would be watched or drawn for ever."""
+    if arguments.watch and "-" in arguments.photos:
+        arguments.usage_error("--watch takes files, folders and patterns, no names on standard input")
+    for source in arguments.photos:
+        if arguments.watch and not Path(source).exists() and not glob.has_magic(source):
+            raise TagError(f"{source}: there is nothing to watch; check the path")
+        if arguments.explain and not Path(source).is_file() and _is_within(Path(source), arguments.explain):
+            raise TagError(
+                f"--explain {arguments.explain}: holds {source}, so that the heat maps would be tagged next; give a "
+                "folder of its own"
+            )
+
+
+def _is_within(path: Path, folder: Path) -> bool:
+    # Unlike Path.resolve it also takes loops of links.
+    found, within = (Path(os.path.realpath(each)) for each in (path, folder))
+    return found == within or within in found.parents
+
+
 class _Results:
-    """Where tags go, and the journal of what is done."""
+    """Where tags and heat maps go, and the journals of what is done."""
 
     def __init__(
-        self, arguments: argparse.Namespace, stream: IO[bytes] | None, journal: Journal | None
+        self,
+        arguments: argparse.Namespace,
+        stream: IO[bytes] | None,
+        journal: Journal | None,
+        drawings: Journal | None,
     ) -> None:
         self._arguments = arguments
         self._stream = stream
         self._journal = journal
+        self._drawings = drawings
+        self._to_write: set[Path] = set()
+        self._to_draw: set[Path] = set()
 
-    def select(self, photos: Iterable[Path]) -> Iterator[Path]:
+    def select(self, photos: Sequence[Path]) -> list[Path]:
         """What is not done yet."""
-        return self._journal.select(photos) if self._journal else iter(photos)
+        self._to_write = set(self._journal.select(photos) if self._journal else photos)
+        if self._arguments.explain:
+            self._to_draw = set(self._drawings.select(photos) if self._drawings else photos)
+        return [path for path in photos if path in self._to_write or path in self._to_draw]
 
     def write(self, result: Tagged) -> None:
-        """Write one photo's tags and note it as done."""
-        if self._arguments.explain:
-            tag_results.write_explanations(self._arguments.explain, result, EXPLANATION_SIZE)
+        """Write what one photo lacks and note it as done.
+
+        Raises:
+            PhotoError: its heat maps cannot be drawn; its tags are written.
+            XmpError: as :func:`fedmpt.edge_client.xmp.write_tags`.
+        """
+        if result.path in self._to_write:
+            self._write_tags(result)
+        if result.path in self._to_draw:
+            try:
+                write_explanations(self._arguments.explain, result, EXPLANATION_SIZE)
+            except OSError as error:
+                raise PhotoError(result.path, f"no heat maps: {error.strerror or error}") from error
+            if self._drawings:
+                self._drawings.record(result.path)
+
+    def _write_tags(self, result: Tagged) -> None:
         if self._stream is None:
             sidecar = sidecar_path(result.path, self._arguments.sidecar)
             write_tags(sidecar, [label for label, _ in result.tags])
@@ -138,14 +205,22 @@ def _open_results(arguments: argparse.Namespace, stack: contextlib.ExitStack) ->
         path = path or out.with_name(f"{out.name}.journal")
         if out.exists() and not path.exists():
             raise TagError(f"{out}: exists, and {path} does not; remove it or choose another --out")
-    journal = None
+    journal = drawings = None
+    if arguments.explain:
+        arguments.explain.mkdir(parents=True, exist_ok=True)
     if path:
-        names = ("format", "top", "min_probability", "sidecar", "out")
-        identity = {name: str(getattr(arguments, name)) for name in names}
-        journal = Journal(path, {**identity, "tagger": sha256_file(arguments.tagger)}, out)
+        common = {
+            "tagger": sha256_file(arguments.tagger),
+            **{name: str(getattr(arguments, name)) for name in ("top", "min_probability")},
+        }
+        others = {name: str(getattr(arguments, name)) for name in ("format", "sidecar", "out")}
+        journal = Journal(path, common | others, out)
         stack.callback(journal.close)
+        if arguments.explain:
+            drawings = Journal(arguments.explain / DRAWINGS_JOURNAL, common)
+            stack.callback(drawings.close)
     if arguments.format == "xmp":
-        return _Results(arguments, None, journal)
+        return _Results(arguments, None, journal, drawings)
     stream: IO[bytes] = sys.stdout.buffer
     begun = 0
     if out and journal:
@@ -153,36 +228,40 @@ def _open_results(arguments: argparse.Namespace, stack: contextlib.ExitStack) ->
         begun = stream.seek(stream.truncate(journal.offset))
     if arguments.format == "csv" and not begun:
         stream.write(tag_results.CSV_HEADER)
-    return _Results(arguments, stream, journal)
+    return _Results(arguments, stream, journal, drawings)
 
 
 def _photo_lists(
     arguments: argparse.Namespace, skipped: Counter[str], stack: contextlib.ExitStack
-) -> Iterator[tuple[Iterable[Path], threading.Event]]:
+) -> Iterator[tuple[list[Path], threading.Event]]:
     """The photos to tag, in one list, or in many as they appear; and the event that asks to stop."""
     stop = threading.Event()
+    names = [name for source in arguments.photos for name in (_stdin_names() if source == "-" else [source])]
+    wanted = functools.partial(_is_wanted, named=set(map(Path, names)), explain=arguments.explain)
     if not arguments.watch:
-        names = [
-            name for source in arguments.photos for name in (_stdin_names() if source == "-" else [source])
-        ]
-        yield list(find_photos(names, skipped)), stop
+        yield list(filter(wanted, find_photos(names, skipped))), stop
         return
     for number in (signal.SIGINT, signal.SIGTERM):
         stack.callback(signal.signal, number, signal.signal(number, lambda *_: stop.set()))
-    print(f"watching {', '.join(arguments.photos)}; Ctrl-C ends", file=sys.stderr)
-    for photos in watch(arguments.photos, WATCH_SECONDS, stop):
-        yield photos, stop
+    print(f"watching {', '.join(names)}; Ctrl-C ends", file=sys.stderr)
+    for photos in watch(names, WATCH_SECONDS, stop):
+        yield list(filter(wanted, photos)), stop
+
+
+def _is_wanted(path: Path, named: set[Path], explain: Path | None) -> bool:
+    """Not for a heat map that was come across in a folder: its own heat maps would be next."""
+    return explain is None or path in named or not _is_within(path, explain)
 
 
 def _tag(
     arguments: argparse.Namespace,
     tagger: Tagger,
     results: _Results,
-    photos: Iterable[Path],
+    photos: list[Path],
     failed: list[FedmptError],
     stop: threading.Event,
 ) -> int:
-    pending = list(results.select(photos))
+    pending = results.select(photos)
     tagged = tag_photos(
         tagger,
         pending,

@@ -85,6 +85,29 @@ def test_lightrooms_sidecar_name_is_an_option(tag, photos: Path) -> None:  # typ
     assert (photos / "red.xmp").exists()
 
 
+def test_photos_that_would_share_a_sidecar_fail_and_lose_nothing(  # type: ignore[no-untyped-def]
+    tag, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (40, 30), (0, 255, 0)).save(photos / "red.jpg")
+    assert tag(photos, "--format", "xmp", "--sidecar", "photo.xmp") == 1
+    errors = capsys.readouterr().err
+    assert f"failed: {photos}/red.jpg: red.png has the same sidecar, red.xmp" in errors
+    assert f"failed: {photos}/red.png: red.jpg has the same sidecar, red.xmp" in errors
+    assert not (photos / "red.xmp").exists()
+    assert (photos / "sea.xmp").exists()
+
+
+def test_the_help_says_which_programs_read_sidecars_and_how_xmp_runs_go_on(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["tag", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Lightroom reads sidecars of proprietary raw files only" in text
+    assert "exiftool -tagsFromFile %d%f.%e.xmp" in text
+    assert "--format xmp has none unless you name one" in text
+
+
 def test_top_and_min_probability(tag, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
     tag(photos / "sea.png", "--top", 1)
     tag(photos / "sea.png", "--min-probability", "0.9")
@@ -184,12 +207,85 @@ def test_explain_draws_a_heat_map_per_label_found(tag, photos: Path, tmp_path: P
     assert drawn_half[-50, :, 0].max() < 10  # none over the black one
 
 
+def drawn_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*.png"))
+
+
+def test_a_photo_with_a_long_name_is_explained_under_a_shorter_one(tag, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    for name in ("猫" * 83 + "1.png", "猫" * 83 + "2.png"):
+        Image.new("RGB", (40, 30), (255, 0, 0)).save(tmp_path / name)
+    assert tag(tmp_path / "*.png", "--explain", tmp_path / "why") == 0
+    drawn = drawn_in(tmp_path / "why")
+    assert len(drawn) == 2
+    assert all(name.startswith("猫" * 33 + ".") and name.endswith(".red.png") for name in drawn)
+
+
+def test_a_photo_whose_heat_map_cannot_be_written_is_reported_and_the_run_goes_on(  # type: ignore[no-untyped-def]
+    tag, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(photos)
+    (tmp_path / "why" / "red.png.red.png").mkdir(parents=True)
+    assert tag("red.png", "sea.png", "--explain", tmp_path / "why") == 1
+    output = capsys.readouterr()
+    assert [found(line)[0] for line in output.out.splitlines()] == ["red.png", "sea.png"]
+    assert "failed: red.png: no heat maps: Is a directory" in output.err
+    assert drawn_in(tmp_path / "why") == ["red.png.red.png", "sea.png.blue.png", "sea.png.green.png"]
+
+
+def test_heat_maps_inside_the_tagged_folder_are_not_tagged(tag, photos: Path) -> None:  # type: ignore[no-untyped-def]
+    for _ in range(2):
+        assert tag(photos, "--explain", photos / "why") == 0
+        assert drawn_in(photos / "why") == ["red.png.red.png", "sea.png.blue.png", "sea.png.green.png"]
+
+
+def test_heat_maps_among_the_photos_are_refused(  # type: ignore[no-untyped-def]
+    tag, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for explain in (photos, photos.parent):
+        assert tag(photos, "--explain", explain) == 1
+        assert "give a folder of its own" in capsys.readouterr().err
+    assert len(drawn_in(photos.parent)) == 3
+
+
+def test_a_named_photo_is_explained_beside_itself(  # type: ignore[no-untyped-def]
+    tag, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(photos)
+    assert tag("red.png", "--explain", ".") == 0
+    assert (photos / "red.png.red.png").exists()
+
+
+def test_a_finished_run_is_explained_later(tag, photos: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    out = tmp_path / "tags.jsonl"
+    assert tag(photos, "--out", out) == 0
+    results = out.read_bytes()
+    assert tag(photos, "--out", out, "--explain", tmp_path / "why") == 0
+    assert out.read_bytes() == results
+    assert drawn_in(tmp_path / "why") == ["red.png.red.png", "sea.png.blue.png", "sea.png.green.png"]
+
+
+def test_heat_maps_that_are_there_are_not_drawn_again(tag, photos: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    run = (photos, "--out", tmp_path / "tags.jsonl", "--explain", tmp_path / "why")
+    assert tag(*run) == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "why").rglob("*.png")}
+    assert tag(*run) == 0
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "why").rglob("*.png")} == before
+
+
+def test_watching_what_is_not_there_is_refused(  # type: ignore[no-untyped-def]
+    tag, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tag(photos, photos / "absent", "--watch") == 1
+    assert "absent: there is nothing to watch" in capsys.readouterr().err
+
+
 def test_wrong_usage_is_exit_code_2(tag, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
     for arguments in (
         (),
         (photos, "--serve"),
         (photos, "--format", "xmp", "--out", "x"),
         (photos, "--top", 0),
+        ("-", "--watch"),
     ):
         with pytest.raises(SystemExit) as caught:
             tag(*arguments)
@@ -202,9 +298,10 @@ def test_watching_tags_what_appears_until_it_is_ended(
 ) -> None:
     out = tmp_path / "tags.jsonl"
     command = [*FEDMPT, "--tagger", str(colour_tagger), "--device", "cpu"]
+    options = ["--watch", "--out", str(out), "--explain", str(photos / "why")]
     log = tmp_path / "log"
     with log.open("wb") as stderr:
-        process = subprocess.Popen([*command, str(photos), "--watch", "--out", str(out)], stderr=stderr)
+        process = subprocess.Popen([*command, str(photos), *options], stderr=stderr)
 
     def wait_for(lines: int) -> list[str]:
         deadline = time.monotonic() + 60
