@@ -6,8 +6,10 @@ head, the client's name, the CRC-32 of both, and the payload:
 
 ``magic``, ``round``, payload bytes, name bytes, SHA-256 of the payload.
 
-On opening, records are read up to the first that is damaged or of another round. Everything from there on was
-never committed, or belongs to a round that has closed, and is cut off.
+On opening, a record that the file's end cuts off was never committed, and records of an earlier round belong to one
+that has closed: both are dropped. Where a payload is damaged, its record is left out and reading goes on behind it.
+Where a head is damaged, nobody knows where the next record begins: all from there on is moved to
+``updates.log.damaged``, for people. Clients whose updates are lost so send them again when the round is announced.
 """
 
 from __future__ import annotations
@@ -16,11 +18,12 @@ import hashlib
 import io
 import logging
 import os
+import shutil
 import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from fedmpt.protocol.files import sync_path
 
@@ -29,6 +32,16 @@ logger = logging.getLogger(__name__)
 _MAGIC = b"FMU1"
 _HEAD = struct.Struct("<4sIIB32s")
 _CHECK = struct.Struct("<I")
+
+
+class _Head(NamedTuple):
+    """A record's head, and where in the file its payload begins and ends."""
+
+    round: int
+    client: str
+    sha256: bytes
+    payload: int
+    end: int
 
 
 class UpdateLog:
@@ -100,32 +113,60 @@ class UpdateLog:
         self._file.close()
 
     def _recover(self, path: Path) -> None:
+        """Read what the file has; see the module's text for what becomes of damage."""
         size = os.fstat(self._file.fileno()).st_size
-        while (record := self._record_at(self._end)) is not None:
-            client, offset, length = record
-            self._places[client] = (offset, length)
-            self._end = offset + length
-        if size > self._end:
+        keep = False
+        while self._end < size:
+            try:
+                head = self._head_at(self._end)
+            except ValueError:
+                keep = True
+                break
+            if head is None or head.end > size or head.round < self._round:
+                break  # its writing was interrupted, or its round has closed
+            if head.round > self._round:
+                keep = True  # the database is older than the log
+                break
+            if hashlib.sha256(self._read(head.payload, head.end - head.payload)).digest() == head.sha256:
+                self._places[head.client] = (head.payload, head.end - head.payload)
+            else:
+                logger.error(
+                    "a stored update is damaged and left out; its client sends it again",
+                    extra={"file": str(path), "client": head.client, "bytes": head.end - head.payload},
+                )
+            self._end = head.end
+        if keep:
+            kept = path.with_name(f"{path.name}.damaged")
+            self._copy_rest(kept)
+            logger.error(
+                "stored updates are damaged and cut off; their clients send them again",
+                extra={"file": str(path), "bytes": size - self._end, "kept": str(kept)},
+            )
+        elif size > self._end:
             logger.info("updates cut off", extra={"file": str(path), "bytes": size - self._end})
-            self._file.truncate(self._end)
+        self._file.truncate(self._end)
 
-    def _record_at(self, start: int) -> tuple[str, int, int] | None:
-        """(client, payload's offset, its bytes) of a sound record of the open round; None where there is none."""
+    def _head_at(self, start: int) -> _Head | None:
+        """The head that begins at ``start``; None where the file ends in it. Raises ValueError if it is damaged."""
         head = self._read(start, _HEAD.size)
         if len(head) < _HEAD.size:
             return None
         magic, number, length, name_length, sha256 = _HEAD.unpack(head)
-        if magic != _MAGIC or number != self._round:
-            return None
         rest = self._read(start + _HEAD.size, name_length + _CHECK.size)
         name, check = rest[:name_length], rest[name_length:]
-        if len(check) < _CHECK.size or _CHECK.unpack(check)[0] != zlib.crc32(head + name):
+        if len(check) < _CHECK.size:
             return None
-        offset = start + _HEAD.size + len(rest)
-        payload = self._read(offset, length)
-        if len(payload) < length or hashlib.sha256(payload).digest() != sha256:
-            return None
-        return name.decode(), offset, length
+        if magic != _MAGIC or _CHECK.unpack(check)[0] != zlib.crc32(head + name):
+            raise ValueError("damaged head")
+        payload = start + _HEAD.size + len(rest)
+        return _Head(number, name.decode(), sha256, payload, payload + length)
+
+    def _copy_rest(self, target: Path) -> None:
+        """Append everything from the end of the sound records to ``target``, durably."""
+        self._file.seek(self._end)
+        with target.open("ab") as file:
+            shutil.copyfileobj(self._file, file)
+        sync_path(target)
 
     def _read(self, offset: int, size: int) -> bytes:
         self._file.seek(offset)

@@ -121,8 +121,83 @@ def test_a_damaged_record_never_counts(tmp_path: Path, place: int, flip: int) ->
     log.write_bytes(data)
     with Store(tmp_path) as store:
         found = dict(store.updates())
-    assert list(found) == list("abc"[: place // (len(data) // 3)])
+    number, offset = divmod(place, len(data) // 3)
+    in_payload = offset >= len(data) // 3 - 100
+    assert list(found) == [
+        name for name in "abc" if name < "abc"[number] or in_payload and name > "abc"[number]
+    ]
     assert all(payload == name.encode() * 100 for name, payload in found.items())
+
+
+def damaged(log: Path, place: int) -> None:
+    data = bytearray(log.read_bytes())
+    data[place] ^= 1
+    log.write_bytes(data)
+
+
+def test_a_damaged_payload_costs_its_own_update_alone_and_is_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = filled(tmp_path)
+    damaged(log, log.stat().st_size // 3 - 50)
+    with Store(tmp_path) as store:
+        assert store.clients() == {"b", "c"}
+        add(store, "a", b"again")
+    (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert "damaged and left out" in record.message
+    assert (record.file, record.client, record.bytes) == (str(log), "a", 100)
+    with Store(tmp_path) as store:
+        assert dict(store.updates()) == {"a": b"again", "b": b"b" * 100, "c": b"c" * 100}
+
+
+def test_what_lies_behind_a_damaged_head_is_kept_for_people_and_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = filled(tmp_path)
+    before, third = log.read_bytes(), log.stat().st_size // 3
+    damaged(log, third + 2)
+    with Store(tmp_path) as store:
+        assert store.clients() == {"a"}
+        add(store, "b", b"again")
+    kept = tmp_path / "updates.log.damaged"
+    assert kept.read_bytes()[3:] == before[third + 3 :]
+    (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert (record.file, record.bytes, record.kept) == (str(log), 2 * third, str(kept))
+    caplog.clear()
+    with Store(tmp_path) as store:
+        assert store.clients() == {"a", "b"}
+    assert not caplog.records
+
+
+def test_a_second_damage_does_not_overwrite_what_was_kept_of_the_first(tmp_path: Path) -> None:
+    for _ in range(2):
+        damaged(filled(tmp_path), 0)
+        Store(tmp_path).close()
+    assert (tmp_path / "updates.log.damaged").read_bytes().count(b"c" * 100) == 2
+
+
+def test_an_interrupted_write_is_no_damage(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    log = filled(tmp_path)
+    third = log.stat().st_size // 3
+    for kept in (2 * third + 60, third + 45, third + 10):
+        os.truncate(log, kept)
+        Store(tmp_path).close()
+    assert [record.levelname for record in caplog.records] == []
+    assert not (tmp_path / "updates.log.damaged").exists()
+
+
+def test_updates_of_a_later_round_than_the_databases_are_kept_for_people(tmp_path: Path) -> None:
+    with Store(tmp_path) as store:
+        store.close_round(WAITING, b"state", {}, None)
+        older = (tmp_path / "federation.sqlite").read_bytes()
+        wal = (tmp_path / "federation.sqlite-wal").read_bytes()
+        store.close_round(RoundState(2, "train", None, None, ()), b"next", {}, None)
+        add(store, "a", b"of round 2")
+    (tmp_path / "federation.sqlite").write_bytes(older)
+    (tmp_path / "federation.sqlite-wal").write_bytes(wal)
+    with Store(tmp_path) as store:
+        assert store.clients() == set()
+    assert (tmp_path / "updates.log.damaged").read_bytes().endswith(b"of round 2")
 
 
 def test_a_kill_between_closing_a_round_and_dropping_its_updates_counts_none_twice(tmp_path: Path) -> None:
