@@ -1,7 +1,9 @@
-"""Compare the two newest records of a benchmark on one machine and name what got slower by more than its spread.
+"""Compare each case's two newest records of one machine and name what got slower by more than chance.
 
-Differences below one per cent never count: what hardly scatters, such as counted instructions, would always differ.
-``python benchmarks/check.py local_step`` (or no name: all). Exit code 1 if anything did.
+``python benchmarks/check.py local_step`` (or no name: all). A case is compared with the newest earlier record of the
+same benchmark, machine, name and sizes; what cannot be compared is told with the reason. A difference counts that
+exceeds both spreads together, three per cent, and what a clock or a process scatters anyway (0.1 ms, 1 MB, …).
+Exit code 1 if anything got slower.
 """
 
 from __future__ import annotations
@@ -9,60 +11,93 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
-# Units where more is better; every other unit counts time, bytes or memory.
-RATES = ("/s", "per second", "FLOP/s", "score")
-LEAST = 0.01  # a difference worth naming, as a share of the older median
+from record import RESULTS, higher_is_better, newest_of
+
+RELATIVE = 0.03
+ABSOLUTE = {"s": 1e-4, "CPU ms to write": 0.01, "CPU ms to read": 0.01, "µs": 5.0, "MB": 1.0, "MiB": 1.0}
+TIMED_BY_GPU = {"kernels": 2e-6}  # whose clock is finer than that of a process
+Record = dict[str, Any]
 
 
-def newest_pair(records: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """The newest record and the one before it on the same machine, or None."""
-    newest = records[-1]
-    for older in reversed(records[:-1]):
-        if older["device"] == newest["device"]:
-            return older, newest
-    return None
+@dataclass
+class Outcome:
+    """How many cases were compared, what got slower, and what could not be compared, why."""
+
+    compared: int = 0
+    slower: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
 
 
-def slower(older: dict[str, Any], newer: dict[str, Any]) -> list[str]:
-    """One line for each case whose medians differ for the worse by more than both spreads together."""
-    before = {_key(row): row for row in older["rows"]}
-    lines = []
-    for row in newer["rows"]:
-        old = before.get(_key(row))
+def compare(newest: Record, earlier: Sequence[Record]) -> Outcome:
+    """Every case of a record with the newest of the earlier ones (oldest first) that has it."""
+    outcome = Outcome()
+    same_machine = [record for record in earlier if record["device"] == newest["device"]]
+    known = {_key(row): row for record in same_machine for row in record["rows"]}
+    new = []
+    for row in newest["rows"]:
+        old = known.get(_key(row))
         if old is None:
+            new.append(_name(row))
             continue
-        worse = row["median"] - old["median"]
-        if any(rate in row["unit"] for rate in RATES):
-            worse = -worse
-        if worse > max(row["spread"] + old["spread"], LEAST * old["median"]):
+        outcome.compared += 1
+        if is_slower(newest["benchmark"], old, row):
             change = f"{old['median']:.4g} → {row['median']:.4g} {row['unit']}"
-            lines.append(f"{newer['benchmark']}: {row['name']} {row['parameters']}: {change}")
-    return lines
+            outcome.slower.append(f"{newest['benchmark']}: {_name(row)}: {change}")
+    if new:
+        reason = "no earlier record of this machine has these cases at these sizes"
+        if not same_machine:
+            reason = "all earlier records are of other machines" if earlier else "there is one record only"
+        outcome.left_out.append(f"{newest['benchmark']}: {reason}: {'; '.join(new)}")
+    return outcome
 
 
-def main(names: list[str]) -> int:
-    """Print what got slower; 1 if anything did."""
-    found = []
+def is_slower(benchmark: str, old: Record, new: Record) -> bool:
+    """Whether the medians differ for the worse by more than spreads and least differences."""
+    worse = new["median"] - old["median"]
+    if higher_is_better(new["unit"]):
+        worse = -worse
+    least = ABSOLUTE.get(new["unit"], 0.0)
+    if new["unit"] == "s":
+        least = TIMED_BY_GPU.get(benchmark, least)
+    return bool(worse > max(new["spread"] + old["spread"], RELATIVE * old["median"], least))
+
+
+def main(names: Sequence[str]) -> int:
+    """Print what got slower and what could not be compared; 1 if anything got slower."""
+    total = Outcome()
     for path in [RESULTS / f"{name}.jsonl" for name in names] or sorted(RESULTS.glob("*.jsonl")):
-        records = [json.loads(line) for line in path.read_text().splitlines()]
-        pair = newest_pair(records) if records else None
-        if pair is None:
-            print(f"{path.stem}: no two records of one machine")
+        if not path.exists():
+            total.left_out.append(f"{path.stem}: no records")
             continue
-        found += slower(*pair)
-    print("\n".join(found) or "nothing got slower")
-    return 1 if found else 0
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        for newest in newest_of(path):
+            outcome = compare(newest, records[: records.index(newest)])
+            total.compared += outcome.compared
+            total.slower += outcome.slower
+            total.left_out += outcome.left_out
+    if total.left_out:
+        print("\n  ".join(["not compared:", *total.left_out]))
+    print(f"{total.compared} cases compared, {len(total.slower)} got slower")
+    print("\n".join(total.slower), end="\n" if total.slower else "")
+    return 1 if total.slower else 0
 
 
-def _key(row: dict[str, Any]) -> str:
+def _key(row: Record) -> str:
     return json.dumps([row["name"], row["parameters"], row["unit"]], sort_keys=True)
 
 
+def _name(row: Record) -> str:
+    sizes = ", ".join(f"{key} {value}" for key, value in row["parameters"].items())
+    return row["name"] + (f" ({sizes})" if sizes else "")
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", nargs="*", help="benchmarks; all where none is named")
     sys.exit(main(parser.parse_args().names))

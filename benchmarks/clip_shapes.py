@@ -10,6 +10,21 @@ from torch import Tensor
 from fedmpt.export.clip import CLIP_MEAN, CLIP_STD, ClipCheckpoint
 from fedmpt.export.towers import TowerSpec
 
+# (rows, inner, columns) of the image encoder's products, for eight photos.
+VISION_PRODUCTS = [(1576, 768, 3072), (1576, 3072, 768), (1576, 768, 768), (1024, 1024, 1024)]
+
+
+def encoder_flops(layers: int = 12, width: int = 768, patches: int = 196, joint_width: int = 512) -> float:
+    """The least operations to encode one photo: products with weights, and attention, that the result depends on.
+
+    Of the last block, `clearclip` tokens need queries, values, attention and its output, and no feed-forward.
+    """
+    tokens = patches + 1
+    block = 12 * tokens * width**2 + 2 * tokens**2 * width
+    last = 3 * patches * width**2 + 2 * patches**2 * width
+    ends = patches * width * 3 * 16**2 + tokens * width * joint_width
+    return 2.0 * ((layers - 1) * block + last + ends)
+
 
 def random_clip(
     *,

@@ -64,7 +64,7 @@ def main() -> None:
     }
     rows = [row for name, shapes in tensors.items() for row in measure(name, shapes, arguments.repeats)]
     print_rows("Payloads", rows)
-    append_record("codec", rows, floor=machine_floor(threads=1))
+    append_record("codec", rows, floor=machine_floor())
 
 
 def prompts(text_width: int) -> dict[str, tuple[int, ...]]:
@@ -109,7 +109,7 @@ def measure(name: str, shapes: Mapping[str, tuple[int, ...]], repeats: int) -> l
 
     def rows_of(unit: str, samples: Mapping[str, list[float]], copied: float | None = None) -> list[Row]:
         """``copied`` is the time of a plain copy of float32 values; bytes have the tensors' own as floor."""
-        base = float(np.median(samples[ALTERNATIVE]))
+        base = Row(ALTERNATIVE, unit, samples[ALTERNATIVE])
         rows = []
         for case, numbers in samples.items():
             item = ITEM_BYTES.get(case, 4)
@@ -118,7 +118,7 @@ def measure(name: str, shapes: Mapping[str, tuple[int, ...]], repeats: int) -> l
                 floor = item * values if copied is None else copied * (4 + item) / 8
                 row = dataclasses.replace(row, floor=floor)
             if case not in (ALTERNATIVE, COPY):
-                row = dataclasses.replace(row, against=ALTERNATIVE, ratio=base / row.median)
+                row = row.compared_with(base)
             rows.append(row)
         return rows
 

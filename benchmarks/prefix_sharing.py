@@ -10,9 +10,8 @@ import argparse
 import os
 from collections.abc import Callable
 
-import numpy as np
 import torch
-from local_step import Case, check_equal
+from local_step import TEXT_PRODUCTS, Case, check_equal
 from record import Row, append_record, interleave, machine_floor, print_rows
 from torch import Tensor
 
@@ -32,19 +31,19 @@ def main() -> None:
     parser.add_argument("--labels-up-to", type=int, default=1000, help="%(default)s")
     arguments = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
+    floor = machine_floor(TEXT_PRODUCTS)
     sizes = [size for size in SIZES if size[0] <= arguments.labels_up_to]
-    rows = [
-        row
-        for labels, conditions in sizes
-        for row in measure(
-            labels, conditions, arguments.layers, arguments.repeats, labels <= arguments.plain_up_to
-        )
-    ]
+    rows = []
+    for labels, conditions in sizes:
+        plain = labels <= arguments.plain_up_to
+        rows += measure(labels, conditions, arguments.layers, arguments.repeats, plain, floor["matmul_flops"])
     print_rows("Text tower, forward and backward", rows)
-    append_record("prefix_sharing", rows, floor=machine_floor())
+    append_record("prefix_sharing", rows, floor=floor)
 
 
-def measure(labels: int, conditions: int, layers: int, repeats: int, plain: bool) -> list[Row]:
+def measure(
+    labels: int, conditions: int, layers: int, repeats: int, plain: bool, flops_per_second: float
+) -> list[Row]:
     """The ways of one size in turn."""
     case = Case.make(labels, conditions, layers, photos=1)
     upstream = torch.randn(conditions, labels, 512, generator=torch.Generator().manual_seed(2))
@@ -67,22 +66,12 @@ def measure(labels: int, conditions: int, layers: int, repeats: int, plain: bool
     )
     check_equal({name: way() for name, way in ways.items()}, "prefix-shared")
     seconds = interleave(ways, repeats)
-    against = next(iter(ways))
-    base = float(np.median(seconds[against]))
-    floor = case.flops() / machine_floor()["matmul_flops"]
     parameters = {"labels": labels, "conditions": conditions, "layers": layers}
-    return [
-        Row(
-            name,
-            "s",
-            samples,
-            parameters,
-            "" if name == against else against,
-            None if name == against else base / float(np.median(samples)),
-            floor if name == "prefix-shared" else None,
-        )
+    first, *others = (
+        Row(name, "s", samples, parameters, floor=case.text_flops() / flops_per_second)
         for name, samples in seconds.items()
-    ]
+    )
+    return [first, *(row.compared_with(first) for row in others)]
 
 
 if __name__ == "__main__":

@@ -6,9 +6,11 @@ appends one record with every sample to ``results/<benchmark>.jsonl``.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
@@ -16,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +37,17 @@ PACKAGES = (
     "paho-mqtt",
     "safetensors",
     "pillow",
+    "flwr",
 )
+Products = Sequence[tuple[int, int, int]]
 
 
 @dataclass(frozen=True)
 class Row:
     """One case: its name, its sizes, the unit of its samples (one number for each repetition).
 
-    ``ratio`` compares it with the case named ``against``: that one's median over this one's, for times, so
-    that above 1 is faster. ``floor`` is the least that this machine could need, in the same unit.
+    ``ratio`` compares it with the case named ``against``, see :meth:`compared_with`. ``floor`` is the least that
+    this machine could need, in the same unit; of a rate, the most that it could reach.
     """
 
     name: str
@@ -66,20 +70,38 @@ class Row:
         low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
         return (high - low) / 2
 
+    def compared_with(self, other: Row) -> Row:
+        """This case with its ratio to another: of the medians, and above 1 where this case is the better one."""
+        better = self.median / other.median
+        return replace(self, against=other.name, ratio=better if higher_is_better(self.unit) else 1 / better)
+
+
+def higher_is_better(unit: str) -> bool:
+    """Of rates and scores; every other unit counts time, bytes or memory."""
+    return unit.endswith("/s") or unit == "score"
+
+
+def share_of_floor(unit: str, median: float, floor: float) -> float:
+    """How much of the best was reached: least time over time, or rate over highest rate."""
+    return median / floor if higher_is_better(unit) else floor / median
+
 
 def interleave(
     cases: Mapping[str, Callable[[], object]],
     repeats: int,
     warmup: int = 1,
     clock: Callable[[], float] = time.perf_counter,
+    before: Callable[[str], object] = lambda name: None,
 ) -> dict[str, list[float]]:
     """Seconds of each case in each repetition, the cases taken in turn; ``warmup`` repetitions are not kept.
 
-    With ``clock=time.process_time``, processor time, which other work on the machine disturbs less.
+    With ``clock=time.process_time``, processor time, which other work on the machine disturbs less. ``before`` is
+    called with each case's name ahead of its clock.
     """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for repetition in range(warmup + repeats):
         for name, case in cases.items():
+            before(name)
             start = clock()
             case()
             elapsed = clock() - start
@@ -88,18 +110,58 @@ def interleave(
     return seconds
 
 
-def machine_floor(threads: int | None = None) -> dict[str, float]:
-    """What this machine reaches: float32 matmul in FLOP/s and copy in bytes/s (read plus written)."""
-    size = 1024
-    a = np.random.default_rng(0).standard_normal((size, size)).astype(np.float32)
+def machine_floor(products: Products = ((1024, 1024, 1024),)) -> dict[str, float]:
+    """What this machine reaches: float32 products in FLOP/s, copies in bytes/s (read plus written).
+
+    ``products`` are (rows, inner, columns) of what was measured. The rate is that of the best of NumPy, ONNX Runtime
+    and PyTorch, as far as they are installed, at the shape that suits it best, in its fastest repetition: no
+    single one of them bounds what the others reach.
+    """
+    threads = len(os.sched_getaffinity(0))
+    flops = 0.0
+    for shape in products:
+        seconds = interleave(_engines(*shape, threads), repeats=9, warmup=2)
+        flops = max(flops, 2 * math.prod(shape) / min(map(min, seconds.values())))
     block = np.ones(64 << 20, np.uint8)
     target = np.empty_like(block)
-    seconds = interleave({"matmul": lambda: a @ a, "copy": lambda: np.copyto(target, block)}, repeats=7)
+    copies = interleave({"copy": lambda: np.copyto(target, block)}, repeats=7)["copy"]
     return {
-        "matmul_flops": 2 * size**3 / min(seconds["matmul"]),
-        "copy_bytes": 2 * block.nbytes / min(seconds["copy"]),
-        "threads": float(threads or len(os.sched_getaffinity(0))),
+        "matmul_flops": flops,
+        "copy_bytes": 2 * block.nbytes / min(copies),
+        "threads": float(threads),
     }
+
+
+def _engines(rows: int, inner: int, columns: int, threads: int) -> dict[str, Callable[[], object]]:
+    """One matrix product in every library that is installed."""
+    random = np.random.default_rng(0)
+    left, right = (random.standard_normal(shape, np.float32) for shape in ((rows, inner), (inner, columns)))
+    found: dict[str, Callable[[], object]] = {"numpy": lambda: left @ right}
+    with contextlib.suppress(ImportError):
+        import onnx
+        import onnxruntime
+
+        node = onnx.helper.make_node("MatMul", ["left", "right"], ["product"])
+        ends = [
+            onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+            for name, shape in (("left", left.shape), ("product", (rows, columns)))
+        ]
+        constant = onnx.numpy_helper.from_array(right, "right")
+        graph = onnx.helper.make_graph([node], "product", ends[:1], ends[1:], [constant])
+        opset = onnx.helper.make_opsetid("", 17)
+        model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        session = onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        found["onnxruntime"] = lambda: session.run(None, {"left": left})
+    with contextlib.suppress(ImportError):
+        import torch
+
+        tensors = torch.from_numpy(left), torch.from_numpy(right)
+        found["torch"] = lambda: tensors[0] @ tensors[1]
+    return found
 
 
 def append_record(
@@ -124,6 +186,22 @@ def append_record(
     return path
 
 
+def newest_of(path: Path) -> list[dict[str, Any]]:
+    """Of one benchmark's file the last record and, oldest first, those before it that hold what none since measured.
+
+    So a benchmark may be run in parts.
+    """
+    shown: list[dict[str, Any]] = []
+    measured: set[str] = set()
+    for line in reversed(path.read_text().splitlines() if path.exists() else []):
+        record = json.loads(line)
+        cases = {json.dumps([row["name"], row["parameters"]], sort_keys=True) for row in record["rows"]}
+        if measured.isdisjoint(cases):
+            shown.insert(0, record)
+            measured |= cases
+    return shown
+
+
 def print_rows(title: str, rows: Sequence[Row]) -> None:
     """One table on standard output."""
     table = Table(title=title)
@@ -140,7 +218,7 @@ def print_rows(title: str, rows: Sequence[Row]) -> None:
             row.unit,
             "" if row.ratio is None else f"{row.ratio:.2f}",
             row.against,
-            "" if row.floor is None else f"{row.floor / row.median:.0%}",
+            "" if row.floor is None else f"{share_of_floor(row.unit, row.median, row.floor):.0%}",
         )
     Console(width=None if sys.stdout.isatty() else 160, markup=False).print(table)
 
@@ -171,13 +249,19 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str:
+    """The commit, and whether anything else was changed than what recording itself writes."""
     here = Path(__file__).parent
+    written = [
+        ":(top,exclude)benchmarks/results",
+        ":(top,exclude)docs/results",
+        ":(top,exclude)docs/results.md",
+    ]
     try:
         commit = subprocess.run(
             ["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, check=True
         ).stdout.strip()
         changed = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
+            ["git", "status", "--porcelain", "--untracked-files=no", "--", ":(top)", *written],
             cwd=here,
             capture_output=True,
             text=True,

@@ -12,9 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from check import RATES
 from plots import Chart, charts, draw
-from record import RESULTS
+from record import RESULTS, newest_of, share_of_floor
 from suite import SUITE, Benchmark
 
 from fedmpt.protocol.files import write_atomically
@@ -31,9 +30,10 @@ How to read the tables: cases that are compared were measured in turn (A B A B â
 *median Â± spread* of so many runs, the spread being half the distance between the quartiles. A *ratio* above 1 is better
 than the alternative named beside it: for times, bytes and memory the alternative's median over the case's, for
 rates the reverse. *Floor reached* is the share of the best that the machine could do, from the operations and bytes
-that the work needs and from what the machine reached for matrix products and copies; it is empty where no floor
-was worked out. `+changes` behind a commit: there were changes that had not been committed. Other work on a machine
-makes its figures scatter: mind the spread.
+that the work cannot do without and from what the machine reached for matrix products of such shapes (the best of
+NumPy, ONNX Runtime and PyTorch) and for copies; it is empty where no floor was worked out. `+changes` behind a
+commit: there were changes that had not been committed. Other work on a machine makes its figures scatter: mind
+the spread.
 """
 
 
@@ -52,21 +52,9 @@ def main() -> None:
 
 
 def newest_records(folder: Path) -> dict[str, Records]:
-    """Of every benchmark of the suite its last record and what that left unmeasured, oldest first."""
-    found = {}
-    for benchmark in SUITE:
-        path = folder / f"{benchmark.name}.jsonl"
-        shown: list[Mapping[str, Any]] = []
-        measured: set[str] = set()
-        for line in reversed(path.read_text().splitlines() if path.exists() else []):
-            record = json.loads(line)
-            cases = {json.dumps([row["name"], row["parameters"]], sort_keys=True) for row in record["rows"]}
-            if measured.isdisjoint(cases):
-                shown.insert(0, record)
-                measured |= cases
-        if shown:
-            found[benchmark.name] = shown
-    return found
+    """What is shown of every benchmark of the suite that was measured."""
+    found = {item.name: newest_of(folder / f"{item.name}.jsonl") for item in SUITE}
+    return {name: records for name, records in found.items() if records}
 
 
 def all_charts(records: Mapping[str, Records]) -> list[Chart]:
@@ -166,11 +154,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def reached(row: Mapping[str, Any]) -> str:
-    """The share of the floor: least time over time, or rate over highest rate."""
+    """The share of the floor, if one was worked out."""
     if row["floor"] is None:
         return ""
-    rate = any(unit in row["unit"] for unit in RATES)
-    return f"{row['median'] / row['floor'] if rate else row['floor'] / row['median']:.0%}"
+    return f"{share_of_floor(row['unit'], row['median'], row['floor']):.0%}"
 
 
 def parameters(values: Mapping[str, Any]) -> str:

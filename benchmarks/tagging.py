@@ -24,7 +24,7 @@ import numpy as np
 import onnxruntime
 import torch
 import transformers
-from clip_shapes import random_clip
+from clip_shapes import VISION_PRODUCTS, encoder_flops, random_clip
 from feature_caching import write_photos
 from PIL import Image
 from record import Row, append_record, interleave, machine_floor, print_rows
@@ -65,9 +65,11 @@ def main() -> None:
             build_bundle(random_clip(vocabulary=512), LABELS, bundle, method="fedmpt-full", training=training)
         photos = [photo.path for photo in write_photos(folder / "photos", arguments.photos, PHOTO_SIZE)]
         taggers = export(bundle, photos, folder)
-        rows = measure(bundle, taggers, photos, arguments.repeats, arguments.batch_size)
+        floor = machine_floor(VISION_PRODUCTS)
+        best_rate = floor["matmul_flops"] / encoder_flops()
+        rows = measure(bundle, taggers, photos, arguments.repeats, arguments.batch_size, best_rate)
     print_rows("Tagging", rows)
-    append_record("tagging", rows, floor=machine_floor())
+    append_record("tagging", rows, floor=floor)
 
 
 def export(bundle: Path, photos: Sequence[Path], folder: Path) -> dict[str, Path]:
@@ -82,9 +84,14 @@ def export(bundle: Path, photos: Sequence[Path], folder: Path) -> dict[str, Path
 
 
 def measure(
-    bundle: Path, files: dict[str, Path], photos: Sequence[Path], repeats: int, batch_size: int
+    bundle: Path,
+    files: dict[str, Path],
+    photos: Sequence[Path],
+    repeats: int,
+    batch_size: int,
+    best_rate: float,
 ) -> list[Row]:
-    """All cases in turn."""
+    """All cases in turn; ``best_rate`` is what the machine's float32 products would allow."""
     taggers = {precision: Tagger.load(path, "cpu") for precision, path in files.items()}
     encoder = open_session(bundle / "image_encoder.onnx")
     head, head_inputs = open_head(bundle)
@@ -115,17 +122,18 @@ def measure(
         repeats,
     )
     parameters = {"photos": len(photos), "size": "640x480", "batch": batch_size, "labels": len(LABELS)}
-    rate = {name: len(photos) / np.array(values) for name, values in seconds.items()}
 
-    def row(name: str, against: str) -> Row:
-        ratio = float(np.median(rate[name] / rate[against])) if against else None
-        return Row(name, "photos/s", rate[name].tolist(), parameters, against, ratio)
+    def row(name: str, against: str = "") -> Row:
+        floor = None if "int8" in name else best_rate
+        rates = [len(photos) / value for value in seconds[name]]
+        found = Row(name, "photos/s", rates, parameters, floor=floor)
+        return found.compared_with(row(against)) if against else found
 
     share = np.array(seconds["head, tokens ready"]) / np.array(seconds["tagger, pixels ready"])
     return [
-        row(ALONE, ""),
+        row(ALONE),
         row(FLOAT32, ALONE),
-        row(TRANSFORMERS, ""),
+        row(TRANSFORMERS),
         row(FLOAT32, TRANSFORMERS),
         row(INT8, TRANSFORMERS),
         row("tagger, pixels ready", ALONE),

@@ -6,6 +6,7 @@ import itertools
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import record
 from record import Row
@@ -15,8 +16,14 @@ def test_cases_take_turns_and_the_warm_up_is_not_kept() -> None:
     order: list[str] = []
     ticks = itertools.count()
     cases = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
-    seconds = record.interleave(cases, repeats=2, warmup=1, clock=lambda: float(next(ticks)))
-    assert order == ["a", "b"] * 3
+    seconds = record.interleave(
+        cases,
+        repeats=2,
+        warmup=1,
+        clock=lambda: float(next(ticks)),
+        before=lambda name: order.append(name * 2),
+    )
+    assert order == ["aa", "a", "bb", "b"] * 3
     assert seconds == {"a": [1.0, 1.0], "b": [1.0, 1.0]}
 
 
@@ -24,6 +31,25 @@ def test_the_spread_is_half_the_distance_of_the_quartiles() -> None:
     row = Row("case", "s", [1.0, 2.0, 3.0, 4.0, 100.0])
     assert (row.median, row.spread) == (3.0, 1.0)
     assert Row("case", "s", [1.0]).spread == 0.0
+
+
+@pytest.mark.parametrize(("unit", "ratio"), [("s", 0.5), ("bytes", 0.5), ("photos/s", 2.0), ("score", 2.0)])
+def test_a_ratio_is_of_medians_and_above_1_for_the_better(unit: str, ratio: float) -> None:
+    # The median of the paired ratios would be 2.5 or 0.4.
+    row = Row("case", unit, [2.0, 5.0, 4.0]).compared_with(Row("other", unit, [1.0, 2.0, 8.0]))
+    assert (row.against, row.ratio) == ("other", ratio)
+
+
+def test_the_floor_is_the_best_of_all_libraries_and_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {"numpy", "onnxruntime", "torch"} == record._engines(4, 5, 6, 1).keys()
+    products = [product() for product in record._engines(4, 5, 6, 1).values()]
+    np.testing.assert_allclose(products[1][0], products[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(products[2], products[0], rtol=1e-5, atol=1e-5)
+    seconds = {"numpy": [4.0, 2.0], "torch": [0.5, 1.0], "copy": [1.0]}
+    monkeypatch.setattr(record, "interleave", lambda *cases, **options: seconds)
+    floor = record.machine_floor([(10, 10, 10), (20, 10, 10)])
+    assert floor["matmul_flops"] == 2 * 2000 / 0.5
+    assert floor["copy_bytes"] == 2 * (64 << 20)
 
 
 def test_a_record_keeps_every_sample_and_says_where_it_comes_from(
@@ -45,8 +71,11 @@ def test_a_record_keeps_every_sample_and_says_where_it_comes_from(
     assert first["floor"] == {"copy_bytes": 1e9}
 
 
-def test_a_floor_is_shown_as_the_share_that_was_reached(capsys: pytest.CaptureFixture[str]) -> None:
-    record.print_rows("Title", [Row("case", "s", [2.0], {"labels": 20}, floor=1.0)])
+@pytest.mark.parametrize(("unit", "floor"), [("s", 1.0), ("photos/s", 4.0)])
+def test_a_floor_is_shown_as_the_share_that_was_reached(
+    unit: str, floor: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record.print_rows("Title", [Row("case", unit, [2.0], {"labels": 20}, floor=floor)])
     printed = capsys.readouterr().out
     assert "labels 20" in printed
     assert "50%" in printed
