@@ -29,7 +29,7 @@ COMMANDS = {
 }
 
 # The options that say where a command writes.
-OUTPUTS = ("out", "store", "state_dir", "journal")
+OUTPUTS = ("out", "store", "state_dir", "journal", "explain")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
