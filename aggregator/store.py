@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
+import logging
 import os
 import sqlite3
 from collections.abc import Iterator, Mapping
@@ -31,16 +33,24 @@ from fedmpt.aggregator.rounds import RoundState
 from fedmpt.aggregator.update_log import UpdateLog
 from fedmpt.protocol.errors import FedmptError
 from fedmpt.protocol.files import sync_path, write_atomically
-from fedmpt.protocol.manifest import canonical_json
+from fedmpt.protocol.manifest import BundleError, canonical_json, from_plain
 
-_TABLES = """
-CREATE TABLE IF NOT EXISTS fact (name TEXT PRIMARY KEY, value BLOB NOT NULL);
-CREATE TABLE IF NOT EXISTS history (round INTEGER PRIMARY KEY, line BLOB NOT NULL);
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+DATABASE, UPDATES, HISTORY = "federation.sqlite", "updates.log", "history.jsonl"
+# SQLite does not notice a flipped bit in a value, so each fact has its SHA-256 beside it.
+_TABLES = f"""
+BEGIN;
+PRAGMA user_version = {VERSION};
+CREATE TABLE fact (name TEXT PRIMARY KEY, value BLOB NOT NULL, sha256 BLOB NOT NULL);
+CREATE TABLE history (round INTEGER PRIMARY KEY, line BLOB NOT NULL);
+COMMIT;
 """
 
 
 class StoreError(FedmptError):
-    """The store cannot be opened or written, or belongs to another federation."""
+    """The store cannot be opened or written, is damaged, or belongs to another federation."""
 
 
 class Store:
@@ -49,27 +59,41 @@ class Store:
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
         self._lock: int | None = None
-        with self._errors():
+        with contextlib.ExitStack() as undo, self._errors():
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
                 self._lock = _lock_folder(folder)
+                undo.callback(os.close, self._lock)
             self._database = sqlite3.connect(
-                ":memory:" if folder is None else folder / "federation.sqlite",
+                ":memory:" if folder is None else folder / DATABASE,
                 isolation_level=None,
                 check_same_thread=False,
             )
+            undo.callback(self._database.close)
             self._database.execute("PRAGMA journal_mode = WAL")
             self._database.execute("PRAGMA synchronous = FULL")
-            self._database.executescript(_TABLES)
-            opened = self._fact("round")
-            number = json.loads(opened)["number"] if opened else 0
-            self._updates = UpdateLog(None if folder is None else folder / "updates.log", number)
-        if folder is not None:
-            lines = [
-                bytes(row[0]) for row in self._database.execute("SELECT line FROM history ORDER BY round")
-            ]
-            with self._errors():
-                write_atomically(folder / "history.jsonl", b"".join(line + b"\n" for line in lines))
+            (sound,) = self._database.execute("PRAGMA quick_check(1)").fetchone()
+            if sound != "ok":
+                raise self._damaged(sound)
+            (version,) = self._database.execute("PRAGMA user_version").fetchone()
+            (tables,) = self._database.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            if not tables:
+                self._database.executescript(_TABLES)
+            elif version != VERSION:
+                raise StoreError(
+                    f"{folder}: a store of version {version}, but this program writes version {VERSION}; finish it "
+                    "with the release that began it, or give another --store"
+                )
+            opened = self._round()
+            lines = self._lines()
+            if folder is not None:
+                self._check_files(folder, opened, len(lines))
+            self._updates = UpdateLog(
+                None if folder is None else folder / UPDATES, opened.number if opened else 0
+            )
+            if folder is not None:
+                write_atomically(folder / HISTORY, b"".join(line + b"\n" for line in lines))
+            undo.pop_all()
 
     def bind(self, identity: Mapping[str, Any]) -> None:
         """Remember what this store is for; later calls must say the same.
@@ -79,7 +103,7 @@ class Store:
         """
         known = self._fact("identity")
         if known is None:
-            self._execute("INSERT INTO fact VALUES ('identity', ?)", (canonical_json(identity),))
+            self._put("identity", canonical_json(identity))
             return
         before = json.loads(known)
         wanted = json.loads(canonical_json(identity))
@@ -92,12 +116,10 @@ class Store:
 
     def load(self) -> tuple[RoundState, bytes, dict[str, NDArray[np.float64]]] | None:
         """The round, the payload of its base state and the strategy's memory; None in a new store."""
-        state, payload, memory = self._fact("round"), self._fact("state"), self._fact("memory")
+        state, payload, memory = self._round(), self._fact("state"), self._fact("memory")
         if state is None or payload is None or memory is None:
             return None
-        fields = json.loads(state)
-        fields["chosen"] = tuple(fields["chosen"])
-        return RoundState(**fields), payload, safetensors.numpy.load(memory)
+        return state, payload, safetensors.numpy.load(memory)
 
     def save_round(self, state: RoundState) -> None:
         """Make a newly opened or renewed round durable."""
@@ -127,9 +149,9 @@ class Store:
             # A kill before this leaves records of the closed round, which the next start cuts off.
             self._updates.start_round(state.number)
             if history and self.folder is not None:
-                with (self.folder / "history.jsonl").open("ab") as file:
+                with (self.folder / HISTORY).open("ab") as file:
                     file.write(line + b"\n")
-                sync_path(self.folder / "history.jsonl")
+                sync_path(self.folder / HISTORY)
 
     def add_update(self, client: str, payload: bytes, sha256: bytes) -> None:
         """Take an update of the open round; durable, and only then to be acknowledged, after ``commit``.
@@ -159,8 +181,7 @@ class Store:
 
     def history(self) -> list[dict[str, Any]]:
         """The closed rounds, oldest first."""
-        rows = self._database.execute("SELECT line FROM history ORDER BY round")
-        return [json.loads(row[0]) for row in rows]
+        return [json.loads(line) for line in self._lines()]
 
     def close(self) -> None:
         """Commit and close."""
@@ -180,27 +201,76 @@ class Store:
     ) -> None:
         self.close()
 
+    def _check_files(self, folder: Path, opened: RoundState | None, rounds: int) -> None:
+        """Refuse a database that knows less than the files beside it: it was deleted, or put back from a copy."""
+        history, updates = folder / HISTORY, folder / UPDATES
+        written = history.read_bytes().count(b"\n") if history.exists() else 0
+        if written > rounds:
+            raise StoreError(
+                f"{history}: has {written} closed rounds, but {DATABASE} beside it knows only {rounds}; put the "
+                "right database back, or give another --store to begin anew"
+            )
+        if opened is None and updates.exists() and updates.stat().st_size:
+            raise StoreError(
+                f"{updates}: has updates, but {DATABASE} beside it is new; put the right database back, or give "
+                "another --store to begin anew"
+            )
+        if opened is not None and not updates.exists():
+            logger.error(
+                "the stored updates are missing; clients send them again", extra={"file": str(updates)}
+            )
+
+    def _round(self) -> RoundState | None:
+        value = self._fact("round")
+        try:
+            return None if value is None else from_plain(RoundState, json.loads(value), "round")
+        except BundleError as error:
+            raise self._damaged(error) from error
+
+    def _lines(self) -> list[bytes]:
+        """The closed rounds, oldest first, as the lines of ``history.jsonl``."""
+        with self._errors():
+            rows = self._database.execute("SELECT line FROM history ORDER BY round").fetchall()
+        try:
+            for (line,) in rows:
+                json.loads(line)
+        except ValueError as error:
+            raise self._damaged(f"history: {error}") from error
+        return [bytes(line) for (line,) in rows]
+
     def _fact(self, name: str) -> bytes | None:
         with self._errors():
-            row = self._database.execute("SELECT value FROM fact WHERE name = ?", (name,)).fetchone()
-        return None if row is None else row[0]
+            row = self._database.execute("SELECT value, sha256 FROM fact WHERE name = ?", (name,)).fetchone()
+        if row is None:
+            return None
+        value, digest = row
+        if hashlib.sha256(value).digest() != digest:
+            raise self._damaged(f"its {name} differs from its digest")
+        return bytes(value)
 
     def _put(self, name: str, value: bytes) -> None:
-        self._execute("INSERT OR REPLACE INTO fact VALUES (?, ?)", (name, value))
-
-    def _execute(self, statement: str, values: tuple[Any, ...] = ()) -> None:
         with self._errors():
-            self._database.execute(statement, values)
+            row = (name, value, hashlib.sha256(value).digest())
+            self._database.execute("INSERT OR REPLACE INTO fact VALUES (?, ?, ?)", row)
+
+    def _damaged(self, problem: object) -> StoreError:
+        path = "the store in memory" if self.folder is None else self.folder / DATABASE
+        return StoreError(
+            f"{path}: the database is damaged ({problem}); put the whole folder back from a copy, or give another "
+            "--store to begin anew"
+        )
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.OperationalError, OSError) as error:
             raise StoreError(
                 f"{self.folder}: the store cannot be read or written ({error}); check free disk space and "
                 "permissions, then start again: nothing that was acknowledged is lost"
             ) from error
+        except sqlite3.Error as error:  # malformed, no database at all, or not what we wrote
+            raise self._damaged(error) from error
 
 
 def _lock_folder(folder: Path) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -79,7 +81,9 @@ def test_history_lost_in_a_kill_is_written_again(tmp_path: Path) -> None:
 def test_what_was_committed_survives_sigkill_and_what_was_not_does_not(tmp_path: Path) -> None:
     script = (
         "import os, signal, sys; from pathlib import Path; from fedmpt.aggregator.store import Store; "
+        "from fedmpt.aggregator.rounds import RoundState; "
         "from hashlib import sha256; store = Store(Path(sys.argv[1])); "
+        "store.close_round(RoundState(1, 'train', None, None, ()), b'state', {}, None); "
         "add = lambda name: store.add_update(name, name.encode(), sha256(name.encode()).digest()); "
         "add('a'); add('b'); store.commit(); add('c'); os.kill(os.getpid(), signal.SIGKILL)"
     )
@@ -124,7 +128,7 @@ def test_a_damaged_record_never_counts(tmp_path: Path, place: int, flip: int) ->
     number, offset = divmod(place, len(data) // 3)
     in_payload = offset >= len(data) // 3 - 100
     assert list(found) == [
-        name for name in "abc" if name < "abc"[number] or in_payload and name > "abc"[number]
+        name for name in "abc" if name < "abc"[number] or (in_payload and name > "abc"[number])
     ]
     assert all(payload == name.encode() * 100 for name, payload in found.items())
 
@@ -228,8 +232,108 @@ def test_another_set_up_is_refused_with_the_difference(tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
     (tmp_path / "federation.sqlite").write_bytes(b"no database" * 1000)
-    with pytest.raises(StoreError, match="the store cannot be read or written"):
+    with pytest.raises(
+        StoreError, match=r"federation\.sqlite: the database is damaged .*put the whole folder back"
+    ):
         Store(tmp_path)
+
+
+def begun(folder: Path) -> Path:
+    """A store with one closed round and an update in the next; its database."""
+    with Store(folder) as store:
+        store.bind({"federation": "birds"})
+        store.close_round(WAITING, b"state" * 100, {"first.scale": np.ones(4)}, {"round": 0})
+        store.save_round(OPEN)
+        add(store, "a", b"of a")
+    return folder / "federation.sqlite"
+
+
+def alter(database: Path, statement: str, *values: object) -> None:
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        connection.execute(statement, values)
+        connection.commit()
+
+
+@pytest.mark.parametrize("name", ["round", "state", "memory", "identity"])
+def test_one_flipped_bit_in_the_database_is_noticed(tmp_path: Path, name: str) -> None:
+    database = begun(tmp_path)
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        (value,) = connection.execute("SELECT value FROM fact WHERE name = ?", (name,)).fetchone()
+    flipped = value[:-2] + bytes([value[-2] ^ 0x10]) + value[-1:]
+    alter(database, "UPDATE fact SET value = ? WHERE name = ?", flipped, name)
+    with pytest.raises(StoreError, match=rf"federation\.sqlite: .*\(its {name} differs from its digest\)"):
+        reopen(tmp_path)
+
+
+def reopen(folder: Path) -> None:
+    """All that an aggregator reads when it starts."""
+    with Store(folder) as store:
+        store.bind({"federation": "birds"})
+        store.load()
+
+
+def test_a_round_with_other_fields_is_named(tmp_path: Path) -> None:
+    database = begun(tmp_path)
+    value = b'{"number":0,"new":1,"chosen":[]}'
+    digest = hashlib.sha256(value).digest()
+    alter(database, "UPDATE fact SET value = ?, sha256 = ? WHERE name = 'round'", value, digest)
+    with pytest.raises(StoreError, match=r"federation\.sqlite: .* damaged \(round: missing phase, opened"):
+        Store(tmp_path)
+
+
+def test_damaged_history_is_named_and_its_copy_for_people_stays(tmp_path: Path) -> None:
+    database = begun(tmp_path)
+    alter(database, "UPDATE history SET line = ?", b'{"rou')
+    with pytest.raises(StoreError, match=r"federation\.sqlite: .* damaged \(history: "):
+        Store(tmp_path)
+    assert (tmp_path / "history.jsonl").read_text() == '{"round":0}\n'
+
+
+def test_a_database_that_was_cut_off_is_named(tmp_path: Path) -> None:
+    database = begun(tmp_path)
+    os.truncate(database, database.stat().st_size // 2)
+    with pytest.raises(StoreError, match=r"federation\.sqlite: the database is damaged") as caught:
+        Store(tmp_path)
+    assert "free disk space" not in str(caught.value)
+
+
+def test_beside_a_deleted_database_nothing_is_overwritten(tmp_path: Path) -> None:
+    database = begun(tmp_path)
+    before = {name: (tmp_path / name).read_bytes() for name in ("history.jsonl", "updates.log")}
+    database.unlink()
+    for kept in ("history.jsonl", "updates.log"):
+        with pytest.raises(StoreError, match=r"put the right database back, or give another --store"):
+            Store(tmp_path)
+        assert (tmp_path / kept).read_bytes() == before[kept]
+        (tmp_path / kept).unlink()
+    with Store(tmp_path) as store:
+        assert store.load() is None, "an empty folder begins anew"
+
+
+def test_a_database_older_than_the_history_is_refused(tmp_path: Path) -> None:
+    database = begun(tmp_path)
+    older = database.read_bytes()
+    with Store(tmp_path) as store:
+        store.close_round(RoundState(2, "train", None, None, ()), b"next", {}, {"round": 1})
+    database.write_bytes(older)
+    with pytest.raises(StoreError, match=r"history\.jsonl: has 2 closed rounds, but .* knows only 1"):
+        Store(tmp_path)
+
+
+def test_a_store_of_another_version_is_refused(tmp_path: Path) -> None:
+    alter(begun(tmp_path), "PRAGMA user_version = 7")
+    with pytest.raises(StoreError, match="a store of version 7, but this program writes version 1"):
+        Store(tmp_path)
+
+
+def test_missing_updates_of_an_open_round_are_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    begun(tmp_path)
+    (tmp_path / "updates.log").unlink()
+    with Store(tmp_path) as store:
+        assert store.clients() == set()
+    assert "the stored updates are missing; clients send them again" in caplog.messages
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists() or os.geteuid() != 0, reason="mounting needs root")
@@ -239,6 +343,7 @@ def test_a_full_disk_is_a_clear_error(tmp_path: Path) -> None:
         pytest.skip("this machine does not let tests mount a small file system")
     try:
         store = Store(tmp_path)
+        store.close_round(WAITING, b"state", {}, None)
         add(store, "a", b"x" * 1000)
         store.commit()
         with pytest.raises(StoreError, match="check free disk space"):
