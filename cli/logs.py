@@ -8,6 +8,8 @@ import sys
 
 from rich.console import Console
 
+from fedmpt.protocol.text import printable
+
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
@@ -34,10 +36,10 @@ class _ConsoleHandler(logging.Handler):
 
 
 class _TextFormatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
+    def formatMessage(self, record: logging.LogRecord) -> str:
         facts = ", ".join(f"{name} {_shown(value)}" for name, value in _facts(record).items())
-        text = super().format(record)
-        return f"{text}: {facts}" if facts else text
+        text = super().formatMessage(record)
+        return printable(f"{text}: {facts}" if facts else text)  # strangers' text is among the facts
 
 
 class _JsonFormatter(logging.Formatter):

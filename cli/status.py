@@ -18,6 +18,7 @@ from fedmpt.protocol.connection import Connection
 from fedmpt.protocol.errors import FedmptError
 from fedmpt.protocol.events import Message
 from fedmpt.protocol.messages import MessageError, Presence, Round, Status, from_json
+from fedmpt.protocol.text import printable
 from fedmpt.protocol.topics import Topics
 
 QUIET_SECONDS = 0.5  # retained messages follow each other closely; such a pause means that all are here
@@ -67,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
         result["clients"] = [
             dataclasses.asdict(client) | {"chosen": client.client in chosen} for client in clients
         ]
-        print(json.dumps(result, ensure_ascii=False))
+        print(json.dumps(result))  # in ASCII: what clients say of themselves must not steer a terminal
     else:
         _show(status, clients, chosen)
     return 0
@@ -104,20 +105,20 @@ def _show(status: Status, clients: list[Presence], chosen: set[str]) -> None:
     console = Console(highlight=False)
     seconds = max(0.0, time.time() - status.time)
     state = "running" if status.online else "not running"
-    console.print(
-        f"federation {status.federation}: aggregator {state}, last heard {seconds:.0f} s ago", markup=False
-    )
+
+    def say(text: str) -> None:
+        console.print(printable(text), markup=False)
+
+    say(f"federation {status.federation}: aggregator {state}, last heard {seconds:.0f} s ago")
     line = f"round {status.round} of {status.rounds} ({status.phase}): {status.received} of {status.chosen} updates"
     if status.deadline is not None and status.online:
         line += f", closes in {max(0.0, status.deadline - time.time()):.0f} s"
-    console.print(line)
-    console.print(f"{status.present} clients present, {status.refused} refusals, {status.muted} muted")
+    say(line)
+    say(f"{status.present} clients present, {status.refused} refusals, {status.muted} muted")
     if status.waiting:
-        console.print(status.waiting, markup=False)
+        say(status.waiting)
     if status.metrics:
-        console.print(
-            "validation: " + ", ".join(f"{name} {value:.4f}" for name, value in status.metrics.items())
-        )
+        say("validation: " + ", ".join(f"{name} {value:.4f}" for name, value in status.metrics.items()))
     if clients:
         table = Table("client", "online", "chosen", "samples", "capabilities")
         for client in clients:
@@ -128,5 +129,6 @@ def _show(status: Status, clients: list[Presence], chosen: set[str]) -> None:
                 str(client.samples),
                 ", ".join(f"{name} {value}" for name, value in sorted(client.capabilities.items())),
             )
-            table.add_row(*map(Text, cells))  # plain text: what clients say of themselves is no markup
+            # Plain text on one line: what clients say of themselves is no markup and steers no terminal.
+            table.add_row(*(Text(printable(cell)) for cell in cells))
         console.print(table)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from fedmpt.cli.logs import show_logs
 from fedmpt.protocol.address import BrokerAddress
 from fedmpt.protocol.codec import State, decode_state, load_provenance, load_state, state_digest
 from fedmpt.protocol.connection import Connection
@@ -214,6 +216,35 @@ def test_status_shows_round_and_clients_from_outside(
         missing = fedmpt("status", "--broker", address.url, "--federation", "fish", "--timeout", 3)
         assert missing.returncode == 1
         assert "no word of federation fish" in missing.stderr
+
+
+def test_what_clients_say_of_themselves_steers_no_terminal_and_stops_nobody(
+    aggregator: Aggregator, bundle: BundleManifest, port: int
+) -> None:
+    address = BrokerAddress("127.0.0.1", port)
+    said = {
+        "a": {"capabilities": {"x": "\x1b]0;owned\x07\n\x9b2J\u202e"}},
+        "b": {"bundle": "\ud800"},
+        "c": {"capabilities": {"\ud800": 1}},
+    }
+    with Connection(address, "a") as connection:
+        connection.connect(SECONDS)
+        for name, changes in said.items():
+            presence = json.loads(to_json(Presence("birds", name, True, bundle.digest, 120, {}))) | changes
+            connection.publish(TOPICS.presence(name), json.dumps(presence).encode(), retain=True).wait(5)
+        time.sleep(1.5)
+        for options in ((), ("--json",)):
+            shown = fedmpt("status", "--broker", address.url, "--federation", "birds", *options)
+            assert shown.returncode == 0, shown.stderr
+            assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(shown.stdout)
+            assert "owned" in shown.stdout
+    assert aggregator.process.poll() is None
+
+
+def test_strangers_text_in_the_log_stays_on_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    show_logs()
+    logging.getLogger("fedmpt.aggregator").warning("refused", extra={"reason": "x\nround closed\x1b[2J"})
+    assert capsys.readouterr().err == "refused: reason x\\nround closed\\x1b[2J\n"
 
 
 def test_sigterm_ends_cleanly_and_says_how_to_go_on(aggregator: Aggregator) -> None:
