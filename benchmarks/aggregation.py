@@ -1,4 +1,4 @@
-"""Durable acceptance of updates against a bare MQTT subscriber, and memory over clients.
+"""Durable acceptance of updates against a bare MQTT subscriber, memory over clients, and the average against Flower's.
 
 ``python benchmarks/aggregation.py`` needs mosquitto; ``pip install flwr`` adds Flower's aggregation for comparison.
 
@@ -6,8 +6,14 @@ One process publishes 25 kB updates of many clients; the same mosquitto delivers
 only counts, (B) to ``fedmpt aggregator``, which checks each, stores it durably, acknowledges and answers with a
 receipt. A's time ends with the last message, B's when all are durable and the round closes. A and B in turn.
 
+Two layouts. *Live*: time counts from the first publish; publisher, broker and receiver share the cores, which on few
+cores is most of what is measured. *Waiting*: the receiver is frozen while all updates are published, and time counts
+from when it goes on; the publisher then rests, the broker still delivers.
+
 Both subscribe with QoS 1 and MQTT 5 to the same broker, with its shipped settings, and get the same payloads from
 the same publisher in the same way; both acknowledge every message, A as paho does by itself, before any use of it.
+
+The averages: the same updates, decoded and in memory, each client's arrays its own; both weighted by samples.
 """
 
 from __future__ import annotations
@@ -17,19 +23,22 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion
-from record import Row, append_record, print_rows
+from record import Row, append_record, interleave, machine_floor, print_rows
 
 from fedmpt.aggregator.certificates import mosquitto_durability
 from fedmpt.aggregator.strategies import Contribution, StrategySettings, aggregate
@@ -49,15 +58,28 @@ from fedmpt.protocol.topics import Topics
 
 NOTES = {
     "payload": "ViT-B/16 prompts, float16",
-    "what an update costs the aggregator": "one by one, best of 15 on one core: 19 µs to see that header and values "
-    "are sound, 14 µs SHA-256, 10 to 15 µs to append it, 5 µs receipt, 2 µs to take it off the wire, besides what the "
-    "kernel does for 25 kB; a bare paho subscriber spends about 50 µs on the same message and keeps nothing",
-    "where cores are few": "publisher, broker and aggregator share them, and the ratio falls with every other process: "
-    "the aggregator's chain of receive, fsync, acknowledge waits at each hand-over",
+    "layout live": "time counts from the first publish: publisher, broker and receiver share the cores, and the ratio "
+    "falls with every other process, for the aggregator's chain of receive, fsync, acknowledge waits at each hand-over",
+    "layout waiting": "all updates wait at the broker, the receiver frozen, before the clock starts",
+    "floor of acceptance": "copying each update's bytes once off the socket and once to the disk's cache (the bare "
+    "subscriber: off the socket); of the averages, reading the arrays once",
 }
 TOPICS = Topics("bench")
 SHAPES = {"condition_context": (5, 4, 512), "class_context": (4, 512), "scale": (), "bias": ()}
 SECONDS = 200
+REST = 0.5  # seconds for all processes to come to rest before the clock starts
+LAYOUTS = ("live", "waiting")
+AVERAGE, FLOWER = "average, streamed in float64", "Flower's average, float32, all in memory"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Updates a second; µs of CPU for each; peak MiB of anonymous memory; seconds from the last to the next round."""
+
+    rate: float
+    cpu: float
+    memory: float
+    closing: float = 0.0
 
 
 class Publisher:
@@ -171,29 +193,54 @@ client.loop_forever()
 """
 
 
-def bare_rate(payloads: list[tuple[str, bytes]], folder: Path) -> tuple[float, float]:
-    """Messages per second from the first publish to the subscriber's last message; its µs of CPU for each."""
+@contextlib.contextmanager
+def running(command: Sequence[object], **streams: Any) -> Iterator[subprocess.Popen[str]]:
+    """A process that does not outlive a failure: it may be frozen, or wait for ever."""
+    with subprocess.Popen([str(word) for word in command], text=True, **streams) as process:
+        try:
+            yield process
+        except BaseException:
+            process.kill()
+            raise
+
+
+def publish(publisher: Publisher, payloads: list[tuple[str, bytes]], receiver: int, layout: str) -> float:
+    """Publish all updates to a receiving process; the moment from which time counts."""
+    time.sleep(REST)
+    if layout == "waiting":
+        os.kill(receiver, signal.SIGSTOP)
+    start = time.time()
+    sent = [publisher.client.publish(topic, payload, qos=1) for topic, payload in payloads]
+    if layout == "waiting":
+        for message in sent:
+            message.wait_for_publish(SECONDS)  # until the broker has acknowledged it
+        time.sleep(REST)
+        start = time.time()
+        os.kill(receiver, signal.SIGCONT)
+    return start
+
+
+def measure_bare(payloads: list[tuple[str, bytes]], folder: Path, layout: str) -> Measured:
+    """Until the subscriber's last message."""
     with broker(folder) as port:
-        command = [sys.executable, "-c", BARE, str(port), str(len(payloads))]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as subscriber:
+        command = [sys.executable, "-c", BARE, port, len(payloads)]
+        with running(command, stdout=subprocess.PIPE) as subscriber:
             assert subscriber.stdout is not None
             assert subscriber.stdout.readline() == "ready\n"
             watch = Watch(subscriber.pid)
             publisher = Publisher(port)
-            start = time.time()
-            for topic, payload in payloads:
-                publisher.client.publish(topic, payload, qos=1)
+            start = publish(publisher, payloads, subscriber.pid, layout)
             assert subscriber.stdout.readline() == "done\n"
             end = time.time()
             publisher.close()
             watch.stop()
-    return len(payloads) / (end - start), watch.cpu(start, end) / len(payloads)
+    return Measured(len(payloads) / (end - start), watch.cpu(start, end) / len(payloads), watch.peak)
 
 
-def durable_rate(
-    payloads: list[tuple[str, bytes]], folder: Path, bundle: Path, manifest: BundleManifest
-) -> tuple[float, float, float, float]:
-    """Updates a second until all are durable; µs of CPU for each; peak MiB of anonymous memory; seconds to go on."""
+def measure_durable(
+    payloads: list[tuple[str, bytes]], folder: Path, layout: str, bundle: Path, manifest: BundleManifest
+) -> Measured:
+    """Until all are durable."""
     count = len(payloads)
     with broker(folder) as port:
         publisher = Publisher(port)
@@ -201,22 +248,14 @@ def durable_rate(
             name = f"client-{number:05d}"
             presence = Presence("bench", name, True, manifest.digest, 100, {})
             publisher.client.publish(TOPICS.presence(name), to_json(presence), qos=1, retain=True)
-        command = [
-            sys.executable,
-            "-c",
-            "import sys; from fedmpt.cli import main; sys.exit(main())",
-            "aggregator",
-        ]
+        fedmpt = "import sys; from fedmpt.cli import main; sys.exit(main())"
+        command = [sys.executable, "-c", fedmpt, "aggregator"]
         command += ["--bundle", bundle, "--federation", "bench", "--broker", f"mqtt://127.0.0.1:{port}"]
-        command += ["--store", folder / "store", "--rounds", "1", "--clients-min", count]
-        with subprocess.Popen(
-            [str(word) for word in command], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-        ) as process:
+        command += ["--store", folder / "store", "--rounds", 1, "--clients-min", count]
+        with running(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
             watch = Watch(process.pid)
             publisher.wait(lambda me: me.round is not None and len(me.round.clients) == count)
-            start = time.time()
-            for topic, payload in payloads:
-                publisher.client.publish(topic, payload, qos=1)
+            start = publish(publisher, payloads, process.pid, layout)
             publisher.wait(lambda me: me.round is not None and me.round.phase == "finished")
             finished = time.time()
             publisher.close()
@@ -225,7 +264,7 @@ def durable_rate(
     # The aggregator notes when it had everything, before it averages.
     (line,) = (folder / "store" / "history.jsonl").read_text().splitlines()
     closed = json.loads(line)["closed"]
-    return count / (closed - start), watch.cpu(start, closed) / count, watch.peak, finished - closed
+    return Measured(count / (closed - start), watch.cpu(start, closed) / count, watch.peak, finished - closed)
 
 
 class Watch:
@@ -263,93 +302,108 @@ class Watch:
         self._thread.join()
 
 
-def flower_row(count: int) -> list[Row]:
-    """Flower's own average of the same updates, all in memory, beside ours from decoded updates."""
-    generator = np.random.default_rng(0)
-    arrays = [generator.standard_normal(shape).astype(np.float32) for shape in SHAPES.values()]
+def measure_acceptance(count: int, layout: str, repeats: int, root: Path, copy_bytes: float) -> list[Row]:
+    """Both receivers in turn."""
+    manifest, state = write_bundle(root / "bundle")
+    payloads = list(updates(count, state_digest(state)))
+    found: dict[str, list[Measured]] = {"bare": [], "durable": []}
+    for _ in range(repeats):
+        for kind, measured in found.items():
+            with tempfile.TemporaryDirectory(dir=root) as name:
+                folder = Path(name)
+                if kind == "bare":
+                    measured.append(measure_bare(payloads, folder, layout))
+                else:
+                    measured.append(measure_durable(payloads, folder, layout, root / "bundle", manifest))
+    size = len(payloads[0][1])
+    sizes = {"clients": count, "bytes": size, "layout": layout}
+    once = copy_bytes / (2 * size)  # a copy reads and writes
+    bare, durable = found["bare"], found["durable"]
+    subscriber = Row("bare subscriber", "updates/s", [item.rate for item in bare], sizes, floor=once)
+    accepted = Row(
+        "durable acceptance, with receipts",
+        "updates/s",
+        [item.rate for item in durable],
+        sizes,
+        floor=once / 2,
+    )
+    rows = [
+        accepted.compared_with(subscriber),
+        subscriber,
+        Row("aggregator, peak anonymous memory", "MiB", [item.memory for item in durable], sizes),
+        Row("from the last update to the next round", "s", [item.closing for item in durable], sizes),
+    ]
+    if count >= 1000:  # with fewer a run is too short for the kernel's clock
+        rows += [
+            Row("CPU for each update: aggregator", "µs", [item.cpu for item in durable], sizes),
+            Row("CPU for each message: bare subscriber", "µs", [item.cpu for item in bare], sizes),
+        ]
+    return rows
+
+
+def measure_average(count: int, repeats: int, copy_bytes: float) -> list[Row]:
+    """Our average and Flower's of the same updates."""
+    random = np.random.default_rng(0)
+    differences = [
+        {name: np.asarray(random.standard_normal(shape), np.float32) for name, shape in SHAPES.items()}
+        for _ in range(count)
+    ]
+    samples = [50 + number % 100 for number in range(count)]
     state = {name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
-    difference = dict(zip(SHAPES, arrays, strict=True))
 
     def contributions() -> Iterator[Contribution]:
-        return (Contribution(f"c{number:05d}", 100, difference) for number in range(count))
+        return (
+            Contribution(f"client-{number:05d}", weight, difference)
+            for number, (weight, difference) in enumerate(zip(samples, differences, strict=True))
+        )
 
-    start = time.perf_counter()
-    aggregate(StrategySettings("uniform"), state, contributions, {}, calibrating=False)
-    seconds = time.perf_counter() - start
-    rows = [Row("average, streamed in float64", "s", [seconds], {"clients": count})]
+    cases: dict[str, Callable[[], Any]] = {
+        AVERAGE: lambda: aggregate(StrategySettings("weighted"), state, contributions, {})
+    }
     try:
         from flwr.server.strategy.aggregate import aggregate as flower
     except ImportError:
-        return rows
-    results = [([array.copy() for array in arrays], 100) for _ in range(count)]
-    start = time.perf_counter()
-    flower(results)
-    other = time.perf_counter() - start
-    name = "Flower's average, float32, all in memory"
-    rows[0] = Row(rows[0].name, "s", [seconds], {"clients": count}, against=name, ratio=other / seconds)
-    return [*rows, Row(name, "s", [other], {"clients": count})]
-
-
-def cpu_rows(used: dict[str, list[float]], sizes: dict[str, int]) -> list[Row]:
-    """CPU for each update; with fewer clients a run is too short for the kernel's clock."""
-    if sizes["clients"] < 1000:
-        return []
-    return [
-        Row("CPU for each update: aggregator", "µs", used["durable"], sizes),
-        Row("CPU for each message: bare subscriber", "µs", used["bare"], sizes),
-    ]
+        print("flwr is not installed: our average is not compared with Flower's")
+    else:
+        results = [
+            (list(difference.values()), weight)
+            for weight, difference in zip(samples, differences, strict=True)
+        ]
+        cases[FLOWER] = lambda: flower(results)
+        for ours, theirs in zip(cases[AVERAGE]()[0].values(), cases[FLOWER](), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
+    floor = count * sum(tensor.nbytes for tensor in state.values()) / copy_bytes
+    first, *others = (
+        Row(name, "s", seconds, {"clients": count}, floor=floor)
+        for name, seconds in interleave(cases, repeats).items()
+    )
+    return [first.compared_with(others[0]), *others] if others else [first]
 
 
 def main() -> None:
+    """Measure, print, record."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--clients", type=int, nargs="*", default=[100, 1000, 10_000])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--clients", type=int, nargs="*", default=[10, 100, 1000, 10_000], help="%(default)s")
+    parser.add_argument(
+        "--waiting-from", type=int, default=1000, help="least clients for the layout waiting (%(default)s)"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="%(default)s")
     options = parser.parse_args()
+    floor = machine_floor()
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory(prefix="fedmpt-bench-") as scratch:
-        root = Path(scratch)
-        manifest, state = write_bundle(root / "bundle")
+    with tempfile.TemporaryDirectory(prefix="fedmpt-bench-") as root:
         for count in options.clients:
-            payloads = list(updates(count, state_digest(state)))
-            bare, durable, memory, closing = [], [], [], []
-            used: dict[str, list[float]] = {"bare": [], "durable": []}
-            for repeat in range(options.repeats):
-                for kind in ("bare", "durable"):
-                    folder = root / f"{count}-{repeat}-{kind}"
-                    folder.mkdir()
-                    if kind == "bare":
-                        rate, cpu = bare_rate(payloads, folder)
-                        bare.append(rate)
-                    else:
-                        rate, cpu, peak, close = durable_rate(payloads, folder, root / "bundle", manifest)
-                        durable.append(rate)
-                        memory.append(peak)
-                        closing.append(close)
-                    used[kind].append(cpu)
-                    shutil.rmtree(folder)
-            sizes = {"clients": count, "bytes": len(payloads[0][1])}
-            name = "bare subscriber"
-            ratio = float(np.median(durable) / np.median(bare))
-            rows += [
-                Row(
-                    "durable acceptance, with receipts",
-                    "updates/s",
-                    durable,
-                    sizes,
-                    against=name,
-                    ratio=ratio,
-                ),
-                Row(name, "updates/s", bare, sizes),
-                Row("aggregator, peak anonymous memory", "MiB", memory, sizes),
-                *cpu_rows(used, sizes),
-                Row("from the last update to the next round", "s", closing, sizes),
-                *flower_row(count),
-            ]
+            for layout in LAYOUTS:
+                if layout == "live" or count >= options.waiting_from:
+                    rows += measure_acceptance(
+                        count, layout, options.repeats, Path(root), floor["copy_bytes"]
+                    )
+            rows += measure_average(count, options.repeats, floor["copy_bytes"])
     print_rows("aggregation", rows)
     notes = NOTES | {"load average": f"{os.getloadavg()[0]:.1f}"}
-    append_record("aggregation", rows, notes=json.dumps(notes))
+    append_record("aggregation", rows, notes=json.dumps(notes, ensure_ascii=False), floor=floor)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,14 @@ SUITE = (
         "From JPEG files to a feature cache on disk, against ONNX Runtime alone on tensors that are ready in memory.",
     ),
     Benchmark(
+        "head",
+        "The head, over image tokens",
+        "All that is computed of a photo besides the towers: scores as the tagger computes them, and the head's part "
+        "of the local step, forward and backward; the exported graphs in ONNX Runtime (onnx) against the PyTorch code "
+        "that they are traced from (eager).",
+        grows=("tokens",),
+    ),
+    Benchmark(
         "tagging",
         "Tagging photos",
         "`tagger.onnx` from JPEG files to labels, against the image encoder alone in ONNX Runtime and against "
@@ -60,7 +68,8 @@ SUITE = (
         "aggregation",
         "Durable aggregation",
         "Updates accepted a second, each checked, stored durably and answered with a receipt, against a bare MQTT "
-        "subscriber that only counts; and the average itself against Flower's.",
+        "subscriber that only counts: while they are published (layout live), and when all wait at the broker (layout "
+        "waiting). And the average itself against Flower's, of the same updates in memory, both weighted by samples.",
         grows=("clients",),
         packages=(),
         commands=("mosquitto",),
@@ -84,6 +93,14 @@ SUITE = (
         "Updates and states as the protocol encodes them, against the same tensors as a pickled PyTorch state dict.",
         grows=("values",),
         packages=("torch",),
+    ),
+    Benchmark(
+        "simulator",
+        "Simulation",
+        "What a simulated client and round cost as federations grow, with the demo's bundle and 5 % of the clients in "
+        "each round; pictures of scenes drawn a second by one process. Nothing is compared: the growth is the result.",
+        grows=("clients",),
+        packages=("onnxruntime",),
     ),
     Benchmark(
         "instructions",
