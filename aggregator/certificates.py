@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import os
+import pwd
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,17 +35,23 @@ def make_authority(folder: Path, federation: str, now: datetime.datetime) -> Non
     """Write ``ca.pem`` and ``ca.key`` for a federation, unless the folder already has both.
 
     Raises:
-        CertificateError: only one of the two is there, so that nothing new could be signed or trusted.
+        CertificateError: only one of the two is there, so that nothing new could be signed or trusted; or they are
+            another federation's, whose clients the new ACL would lock out.
     """
     certificate_path, key_path = folder / "ca.pem", folder / "ca.key"
+    name = _name(f"{federation} federation authority")
     if certificate_path.exists() and key_path.exists():
+        if (made_for := _load(certificate_path).subject) != name:
+            raise CertificateError(
+                f"{folder}: belongs to the {made_for.rfc4514_string().removeprefix('CN=')}; choose another folder for "
+                f"federation {federation}"
+            )
         return
     if certificate_path.exists() or key_path.exists():
         raise CertificateError(
             f"{folder}: has only one of ca.pem and ca.key; restore the other, or choose an empty folder"
         )
     key = ec.generate_private_key(ec.SECP256R1())
-    name = _name(f"{federation} federation authority")
     certificate = (
         x509.CertificateBuilder()
         .subject_name(name)
@@ -59,6 +67,15 @@ def make_authority(folder: Path, federation: str, now: datetime.datetime) -> Non
     )
     _write_key(key_path, key)
     write_atomically(certificate_path, certificate.public_bytes(serialization.Encoding.PEM))
+
+
+def certified_hosts(certificate_path: Path) -> list[str]:
+    """The DNS names and IP addresses of a server's certificate; raises CertificateError if it cannot be read."""
+    try:
+        extension = _load(certificate_path).extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    except x509.ExtensionNotFound:
+        return []
+    return [str(name.value) for name in extension.value]
 
 
 def issue_certificate(
@@ -116,10 +133,11 @@ def issue_certificate(
 def mosquitto_configuration(folder: Path, port: int, persistence: Path) -> str:
     """The text of ``mosquitto.conf``: TLS with client certificates, durable queues, bounded packets.
 
-    See mosquitto.conf(5) for every option.
+    See mosquitto.conf(5) for every option. A mosquitto that root starts changes to another account, which must be able
+    to read the broker's private key and to write the persistence folder: the account that runs this.
     """
     return f"""# Made by `fedmpt certs`. Start with: mosquitto -c {folder / "mosquitto.conf"}
-per_listener_settings false
+{_account()}per_listener_settings false
 listener {port}
 cafile {folder / "ca.pem"}
 certfile {folder / "broker.pem"}
@@ -132,6 +150,17 @@ use_username_as_clientid true
 allow_anonymous false
 acl_file {folder / "mosquitto.acl"}
 {mosquitto_durability(persistence)}"""
+
+
+def _account() -> str:
+    """The lines that name the account of this process; empty for a user without a name, as in some containers."""
+    try:
+        name = pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return ""
+    return f"""# If root starts it, it runs as this account, which owns these files; to run it as another, give it the files.
+user {name}
+"""
 
 
 def mosquitto_durability(persistence: Path) -> str:
@@ -189,6 +218,13 @@ pattern read {base}/receipt/%u
 pattern write {base}/update/+/%u
 pattern write {base}/presence/%u
 """
+
+
+def _load(path: Path) -> x509.Certificate:
+    try:
+        return x509.load_pem_x509_certificate(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CertificateError(f"{path}: no readable certificate ({error})") from error
 
 
 def _name(common_name: str) -> x509.Name:

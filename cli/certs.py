@@ -15,6 +15,7 @@ from pathlib import Path
 from fedmpt.aggregator.certificates import (
     RESERVED,
     CertificateError,
+    certified_hosts,
     issue_certificate,
     make_authority,
     mosquitto_acl,
@@ -27,7 +28,7 @@ DESCRIPTION = """\
 Make a small certificate authority, one certificate each for the broker, the aggregator, an operator (who may
 only read) and every client, one with which all sites' `fedmpt doctor` connects (it reads what clients read), and
 the mosquitto configuration and ACL with which a client can write only its own topics. Run it again with more
---client options to add clients: the authority is kept.
+--client or --host options to add clients or names of the broker: the authority is kept.
 
 Give each site ca.pem, doctor.pem, doctor.key and its own .pem and .key, over a channel that you trust; keep
 ca.key to yourself."""
@@ -59,7 +60,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write the files; certificates that exist already are kept."""
+    """Write the files; certificates that exist already are kept, but the broker's is made anew for more hosts."""
     if not 0 < arguments.port < 1 << 16:
         arguments.usage_error("--port must be 1 to 65535")
     if not 0 < arguments.days <= MAXIMUM_DAYS:
@@ -77,9 +78,12 @@ def run(arguments: argparse.Namespace) -> int:
     with _all_or_nothing(folder):
         make_authority(folder, arguments.federation, now)
         for name in ["broker", "aggregator", "operator", "doctor", *arguments.client]:
-            if (folder / f"{name}.pem").exists():
-                continue
-            hosts = arguments.host if name == "broker" else ()
+            hosts = arguments.host if name == "broker" else []
+            if (path := folder / f"{name}.pem").exists():
+                known = certified_hosts(path) if hosts else []
+                if set(hosts) <= set(known):
+                    continue
+                hosts = list(dict.fromkeys([*known, *hosts]))
             written.append(str(issue_certificate(folder, name, now, days=arguments.days, hosts=hosts)))
         persistence = folder / "persistence"
         persistence.mkdir(exist_ok=True)

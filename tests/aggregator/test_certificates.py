@@ -20,6 +20,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 
 from fedmpt.aggregator.certificates import (
     CertificateError,
+    certified_hosts,
     issue_certificate,
     make_authority,
     mosquitto_acl,
@@ -41,11 +42,10 @@ def broker(
     port = free_port()
     arguments = f"certs --out {folder} --federation farm --host localhost --host 127.0.0.1 --port {port}"
     assert main([*arguments.split(), "--client", "north", "--client", "south"]) == 0
-    configuration = folder / "mosquitto.conf"
-    # As root, mosquitto changes to an account that cannot read the test's private folder.
-    configuration.write_text(configuration.read_text() + "user root\n")
     process = subprocess.Popen(
-        [mosquitto_program, "-c", str(configuration)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [mosquitto_program, "-c", str(folder / "mosquitto.conf")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     try:
         for _ in range(100):
@@ -130,7 +130,7 @@ def test_the_aggregator_writes_rounds_and_receipts_but_no_updates(broker: tuple[
     assert not delivered(broker, "aggregator", f"{BASE}/update/3/north")
 
 
-def test_a_client_cannot_read_anothers_receipt_or_update(broker: tuple[Path, int]) -> None:
+def test_a_client_cannot_read_anothers_receipt_update_or_presence(broker: tuple[Path, int]) -> None:
     reader, writer, other = (connect(broker, name) for name in ("south", "aggregator", "north"))
     got: list[str] = []
     subscribed: list[object] = []
@@ -141,6 +141,7 @@ def test_a_client_cannot_read_anothers_receipt_or_update(broker: tuple[Path, int
         time.sleep(0.01)
     writer.publish(f"{BASE}/receipt/north", b"x", qos=1).wait_for_publish(3)
     other.publish(f"{BASE}/update/3/north", b"x", qos=1).wait_for_publish(3)
+    other.publish(f"{BASE}/presence/north", b"x", qos=1).wait_for_publish(3)
     writer.publish(f"{BASE}/receipt/south", b"x", qos=1)
     deadline = time.monotonic() + 3
     while f"{BASE}/receipt/south" not in got and time.monotonic() < deadline:
@@ -242,6 +243,43 @@ def test_a_second_run_keeps_the_authority_and_adds_clients(tmp_path: Path) -> No
     after = {path.name: path.read_bytes() for path in tmp_path.glob("*.pem")}
     assert {name: after[name] for name in before} == before
     assert set(after) - set(before) == {"east.pem"}
+
+
+def broker_hosts(folder: Path) -> list[str]:
+    return sorted(certified_hosts(folder / "broker.pem"))
+
+
+def test_a_second_run_with_another_host_adds_it_to_the_brokers_certificate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["certs", "--out", str(tmp_path), "--federation", "farm", "--json"]
+    assert main([*arguments, "--host", "localhost"]) == 0
+    before = (tmp_path / "aggregator.pem").read_bytes()
+    assert main([*arguments, "--host", "broker.local", "--host", "10.0.0.2"]) == 0
+    assert broker_hosts(tmp_path) == ["10.0.0.2", "broker.local", "localhost"]
+    assert str(tmp_path / "broker.pem") in json.loads(capsys.readouterr().out.splitlines()[-1])["written"]
+    assert (tmp_path / "aggregator.pem").read_bytes() == before
+    made = (tmp_path / "broker.pem").read_bytes()
+    assert main([*arguments, "--host", "broker.local"]) == 0
+    assert (tmp_path / "broker.pem").read_bytes() == made
+
+
+def test_a_second_run_for_another_federation_is_refused_and_changes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["certs", "--out", str(tmp_path), "--host", "localhost"]
+    assert main([*arguments, "--federation", "farm"]) == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.*")}
+    assert main([*arguments, "--federation", "fish"]) == 1
+    assert "belongs to the farm federation authority; choose another folder" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.*")} == before
+
+
+def test_an_authority_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    make_authority(tmp_path, "farm", NOW)
+    (tmp_path / "ca.pem").write_bytes(b"rubbish")
+    with pytest.raises(CertificateError, match=r"ca\.pem: no readable certificate"):
+        make_authority(tmp_path, "farm", NOW)
 
 
 def test_private_keys_are_readable_by_their_owner_only(tmp_path: Path) -> None:
