@@ -21,9 +21,15 @@ from fedmpt.aggregator.server import connect, serve
 from fedmpt.aggregator.settings import MAXIMUM_NORM, MAXIMUM_SAMPLES, FederationSettings
 from fedmpt.aggregator.store import Store
 from fedmpt.aggregator.strategies import STRATEGIES, StrategySettings
-from fedmpt.cli.failures import require_writable
 from fedmpt.cli.logs import show_logs
-from fedmpt.cli.options import OptionsError, add_broker_options, allow_config, broker_address, resolve
+from fedmpt.cli.options import (
+    OptionsError,
+    add_broker_options,
+    allow_config,
+    broker_address,
+    require_writable,
+    resolve,
+)
 from fedmpt.cli.signals import stop_on
 from fedmpt.protocol.address import BrokerAddress
 from fedmpt.protocol.codec import load_state, save_state

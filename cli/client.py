@@ -15,9 +15,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fedmpt.cli.failures import require_writable
 from fedmpt.cli.logs import show_logs
-from fedmpt.cli.options import OptionsError, add_broker_options, allow_config, broker_address, resolve
+from fedmpt.cli.options import (
+    OptionsError,
+    add_broker_options,
+    allow_config,
+    broker_address,
+    require_writable,
+    resolve,
+)
 from fedmpt.cli.progress import progress_bar
 from fedmpt.cli.signals import stop_on
 from fedmpt.edge_client.cache import FeatureCache, open_cache

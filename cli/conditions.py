@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from fedmpt.cli.bundle import read_lines
-from fedmpt.cli.failures import require_writable
+from fedmpt.cli.options import require_writable
 from fedmpt.cli.progress import progress_bar
 from fedmpt.export.conditions import DEFAULT_CONDITIONS, ConditionsError, Endpoint, derive_conditions
 from fedmpt.protocol.files import write_atomically

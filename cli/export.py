@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmpt.cli.failures import require_writable
 from fedmpt.cli.logs import show_logs
-from fedmpt.cli.options import load_tuned_state
+from fedmpt.cli.options import load_tuned_state, require_writable
 from fedmpt.cli.progress import ProgressCallback, progress_bar
 from fedmpt.edge_client.cache import FeatureCache, open_cache
 from fedmpt.edge_client.engine import open_engine, predict

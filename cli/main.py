@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
 from collections.abc import Sequence
 
-from fedmpt.cli.failures import explain_missing_module, explain_os_error
 from fedmpt.protocol.errors import FedmptError
 
 # name → (module, one line of help). A module has configure(parser) and run(arguments) -> exit code.
@@ -30,6 +30,36 @@ COMMANDS = {
 
 # The options that say where a command writes.
 OUTPUTS = ("out", "store", "state_dir", "journal", "explain")
+
+# Top-level module → the extra of this package that brings it.
+EXTRAS = {
+    "onnxruntime": "cpu",
+    "dp_accounting": "privacy",
+    "distributed": "cluster",
+    "matplotlib": "workstation",
+    "onnxscript": "workstation",
+    "scipy": "workstation",
+    "sklearn": "workstation",
+    "torch": "workstation",
+    "transformers": "workstation",
+    "triton": "workstation",
+}
+_ROOM = "free some space and run it again"
+_PERMISSION = "give a place that you may use, or change its owner or permissions"
+_FOLDER = "a file is where a folder is to be; give another path"
+REMEDIES = {
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f) and run it again",
+    errno.EACCES: _PERMISSION,
+    errno.EPERM: _PERMISSION,
+    errno.EROFS: _PERMISSION,
+    errno.EEXIST: _FOLDER,
+    errno.ENOTDIR: _FOLDER,
+    errno.EISDIR: "give the path of a file",
+    errno.ENOENT: "check the path",
+    errno.EADDRINUSE: "another process has this port; end it, or give another port",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,9 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             outputs = ["standard output"]
         if isinstance(error, BrokenPipeError):  # whoever read our output went away: ``fedmpt tag … | head``
             return 1
-        problem = explain_os_error(error, outputs)
+        problem = _explain_os_error(error, outputs)
     except ModuleNotFoundError as error:
-        explained = explain_missing_module(error)
+        explained = _explain_missing_module(error)
         if explained is None:
             raise
         problem = explained
@@ -90,6 +120,23 @@ def _give_up_output() -> bool:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
     return False
+
+
+def _explain_os_error(error: OSError, outputs: Sequence[object]) -> str:
+    """Where it happened, what went wrong and what to do; ``outputs``: where, if the error itself does not know."""
+    place = error.filename or " or ".join(map(str, outputs))
+    if not place:
+        return str(error)
+    text = f"{place}: {error.strerror or error}"
+    return f"{text}; {REMEDIES[error.errno]}" if error.errno in REMEDIES else text
+
+
+def _explain_missing_module(error: ModuleNotFoundError) -> str | None:
+    """Which extra brings the module; None where no extra does, so that it is a fault of this program."""
+    name = (error.name or "").partition(".")[0]
+    if name not in EXTRAS:
+        return None
+    return f"{name} is not installed; run: pip install 'fedmpt-edge[{EXTRAS[name]}]'"
 
 
 def _version() -> str:

@@ -1,4 +1,4 @@
-"""Options that commands share, and the TOML file that can hold the aggregator's and the client's.
+"""Options that commands share, what must hold before they work, and the TOML file of aggregator and client.
 
     [aggregator]
     bundle = "bundle"
@@ -17,8 +17,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import errno
+import importlib.util
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +77,25 @@ def load_tuned_state(path: Path, bundle: BundleManifest) -> State:
         if error.check == "file":
             raise
         raise CodecError(error.check, f"{error}. Is it a state that was tuned with this bundle?") from error
+
+
+def require_modules(*names: str) -> None:
+    """Raise ModuleNotFoundError now, and not after hours of work, if one cannot be imported."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def require_writable(path: Path) -> None:
+    """Raise OSError now, and not after hours of work, if the file cannot be written; leaves nothing behind."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def allow_config(parser: argparse.ArgumentParser, table: str) -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fedmpt.cli.failures import require_modules, require_writable
+from fedmpt.cli.options import require_modules, require_writable
 
 DESCRIPTION = """\
 Run an experiment: every combination of methods, settings and seeds of a TOML file is one federation, simulated with

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from fedmpt.cli import main
-from fedmpt.cli.failures import EXTRAS
+from fedmpt.cli.main import EXTRAS
 from fedmpt.simulation.demo import BUNDLE
 
 CERTS = ["certs", "--federation", "farm", "--host", "localhost"]
