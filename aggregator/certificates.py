@@ -158,7 +158,7 @@ def _account() -> str:
         name = pwd.getpwuid(os.geteuid()).pw_name
     except KeyError:
         return ""
-    return f"""# If root starts it, it runs as this account, which owns these files; to run it as another, give it the files.
+    return f"""# Where root starts it, it runs as this account, which can read these files.
 user {name}
 """
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from fedmpt.aggregator.admission import CHECKS, AdmissionContext, Admitted, Refused, admit
 from fedmpt.protocol.codec import State, state_digest
@@ -96,10 +98,41 @@ def test_metrics_are_refused_where_none_are_collected(
     assert isinstance(admit(make_update(state, "a", 2, metrics={}), "a", quiet), Admitted)
 
 
-def test_every_check_of_the_codec_is_listed(
+def test_every_check_can_fail_and_nothing_else_can(
     context: AdmissionContext, state: State, make_update: MakeUpdate
 ) -> None:
-    payload = make_update(state, "a", 2)
-    results = [admit(payload[:size], "a", context) for size in range(0, len(payload), 7)]
-    results += [admit(payload[:-4] + np.float32(np.nan).tobytes(), "a", context)]
-    assert {result.check for result in results if isinstance(result, Refused)} <= set(CHECKS)
+    def refused(client: str = "a", **changes: object) -> str:
+        """The check that an update fails whose header has the changes."""
+        payload = make_update(state, client, 2, encoding=encoding)
+        size = int.from_bytes(payload[:8], "little")
+        header = json.loads(json.loads(payload[8 : 8 + size])["__metadata__"]["fedmpt"]) | changes
+        tensors = safetensors.numpy.load(payload) | altered
+        result = admit(safetensors.numpy.save(tensors, {"fedmpt": json.dumps(header)}), client, context)
+        assert isinstance(result, Refused)
+        return result.check
+
+    altered: dict[str, object] = {}
+    encoding = "float32"
+    found = [
+        refused("c"),
+        refused(weather="x" * 1000),
+        refused(version=2),
+        refused(encoding="float64"),
+        refused(federation="fish"),
+        refused(base="0" * 64),
+        refused(samples=0),
+        refused(metrics={"mAP": 1e308}),
+    ]
+    altered = {"other": np.zeros(1, np.float32)}
+    found.append(refused())
+    altered = {"scale": np.zeros(1, np.float32)}
+    found.append(refused())
+    altered = {"scale": np.zeros((), np.float64)}
+    found.append(refused())
+    altered = {"scale": np.asarray(np.nan, np.float32)}
+    found.append(refused())
+    altered = {"scale": np.asarray(11, np.float32)}
+    found.append(refused())
+    altered, encoding = {}, "int8"
+    found.append(refused(scales={}))
+    assert sorted(found) == sorted(CHECKS)
