@@ -39,7 +39,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from fedmpt.edge_client.images import load_pixels, to_pixels
 from fedmpt.edge_client.onnx_session import open_session
@@ -103,9 +103,7 @@ class Tagger:
         size = self.info.image_size
         if isinstance(image, (str, Path)):
             return load_pixels(Path(image), size)
-        if isinstance(image, Image.Image):
-            return to_pixels(ImageOps.exif_transpose(image), size)
-        return to_pixels(Image.fromarray(image), size)
+        return to_pixels(image, size)
 
     def predict(self, pixels: NDArray[np.uint8]) -> Prediction:
         """Run the graph on preprocessed photos, uint8 RGB ``[B, S, S, 3]``."""
@@ -127,7 +125,7 @@ class Tagger:
             min_probability: one threshold for every label; the file's own thresholds where None.
 
         Raises:
-            PhotoError: the photo cannot be read.
+            PhotoError: the photo cannot be read, or has pixels of an unknown type.
         """
         return self.choose(
             self.predict(self.prepare(image)[None]).probabilities[0], top=top, min_probability=min_probability

@@ -4,7 +4,11 @@ import contextlib
 import io
 import os
 import struct
+import subprocess
+import sys
+import tempfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from fedmpt.edge_client import images
 from fedmpt.edge_client.images import PhotoError, decode_pixels, load_pixels
 
 SIZE = 64
@@ -102,6 +107,13 @@ def test_exif_orientation_is_applied(orientation):
     assert_as_clip(encoded(picture(), "JPEG", exif=exif))
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_orientation_of_a_tiff_is_applied_once(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert_as_clip(encoded(picture(), "TIFF", exif=exif))
+
+
 def test_rotated_photo_has_its_top_on_top():
     upright = Image.new("RGB", (SIZE, SIZE), "blue")
     upright.paste("red", (0, 0, SIZE, SIZE // 2))
@@ -123,6 +135,55 @@ def test_sixteen_bit_grey_is_scaled_to_eight_bits():
     sixteen = Image.fromarray(eight.astype(np.uint16) * 257)
     for data in (encoded(sixteen), encoded(sixteen, "TIFF")):
         assert np.array_equal(decode_pixels(data, SIZE, "x"), decode_pixels(encoded(picture("L")), SIZE, "x"))
+
+
+def test_sixteen_bit_pgm_is_scaled_to_eight_bits():
+    eight = np.asarray(picture("L"))
+    data = b"P5 150 101 65535\n" + (eight.astype(">u2") * 257).tobytes()
+    assert np.array_equal(decode_pixels(data, SIZE, "x"), decode_pixels(encoded(picture("L")), SIZE, "x"))
+
+
+def test_sixteen_bit_grey_whose_white_is_zero_is_inverted():
+    eight = np.asarray(picture("L"))
+    data = encoded(Image.fromarray((255 - eight).astype(np.uint16) * 257), "TIFF")
+    black_is_zero, white_is_zero = (struct.pack("<HHII", 0x0106, 3, 1, value) for value in (1, 0))
+    assert black_is_zero in data
+    data = data.replace(black_is_zero, white_is_zero)
+    assert np.array_equal(decode_pixels(data, SIZE, "x"), decode_pixels(encoded(picture("L")), SIZE, "x"))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_large_photos_are_worked_on_in_strips_to_the_same_bits(monkeypatch, mode, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(picture(mode), exif=exif)
+    whole = decode_pixels(data, SIZE, "photo")
+    monkeypatch.setattr(images, "WHOLE_PIXELS", 0)
+    monkeypatch.setattr(images, "STRIP_PIXELS", 1000)
+    assert np.array_equal(decode_pixels(data, SIZE, "photo"), whole)
+
+
+def test_a_large_transparent_photo_takes_little_more_than_its_own_pixels(tmp_path):
+    Image.new("RGBA", (6000, 6000)).save(tmp_path / "large.png", compress_level=1)
+    program = (
+        "import resource; from pathlib import Path; from fedmpt.edge_client.images import load_pixels;"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10; before = peak();"
+        "load_pixels(Path('large.png'), 224); print(peak() - before)"
+    )
+    run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, check=True)
+    decoded = 6000 * 6000 * 4 >> 20
+    assert int(run.stdout) < 1.5 * decoded
+
+
+def test_photos_that_would_fill_the_memory_together_wait_for_each_other():
+    data = encoded(picture())
+    with ThreadPoolExecutor(1) as pool:
+        with images._budget.take(2 * images.MAXIMUM_PIXELS):
+            waiting = pool.submit(decode_pixels, data, SIZE, "photo")
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.2)
+        assert waiting.result(timeout=20).shape == (SIZE, SIZE, 3)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
@@ -152,6 +213,18 @@ def bomb():
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
+@contextlib.contextmanager
+def without_root():
+    """Root may read everything, so it becomes someone else for a while."""
+    before = os.geteuid()
+    if before == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
+
+
 def write(folder, data):
     path = folder / "photo.jpg"
     path.write_bytes(data)
@@ -170,8 +243,20 @@ def write(folder, data):
         (bomb(), "decompression bomb"),
         (encoded(Image.new("F", (9, 9)), "TIFF"), "32-bit pixels"),
         (encoded(Image.new("L", (60_000, 1))), "too elongated"),
+        (b"\0\0\0\x18ftypheic" + bytes(100), "HEIC.*convert it to JPEG"),
     ],
-    ids=["empty", "text", "postscript", "cut-jpeg", "cut-png", "header-only", "bomb", "float", "elongated"],
+    ids=[
+        "empty",
+        "text",
+        "postscript",
+        "cut-jpeg",
+        "cut-png",
+        "header-only",
+        "bomb",
+        "float",
+        "elongated",
+        "heic",
+    ],
 )
 def test_bad_content_is_a_photo_error_that_names_file_and_reason(tmp_path, data, reason):
     path = write(tmp_path, data)
@@ -208,9 +293,27 @@ def test_missing_file(tmp_path):
         load_pixels(tmp_path / "gone.jpg", SIZE)
 
 
+def test_a_name_with_a_windows_line_end_is_shown_with_it(tmp_path):
+    with pytest.raises(
+        PhotoError, match=r"gone\.jpg\\r: no such file; its name ends in \\r: give.*Unix line ends"
+    ):
+        load_pixels(tmp_path / "gone.jpg\r", SIZE)
+
+
 def test_folder_in_place_of_a_photo(tmp_path):
     with pytest.raises(PhotoError, match="not a regular file"):
         load_pixels(tmp_path, SIZE)
+
+
+def test_a_closed_folder_is_not_permitted():
+    with (
+        tempfile.TemporaryDirectory() as name
+    ):  # outside of tmp_path, whose parents are closed to others as well
+        Path(name).chmod(0o755)
+        closed = Path(name, "closed")
+        closed.mkdir(mode=0)
+        with without_root(), pytest.raises(PhotoError, match="Permission denied"):
+            load_pixels(closed, SIZE)
 
 
 def test_pipe_in_place_of_a_photo_does_not_block(tmp_path):
@@ -226,11 +329,10 @@ def test_symlink_loop(tmp_path):
         load_pixels(tmp_path / "a.jpg", SIZE)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_unreadable_file(tmp_path):
     path = write(tmp_path, encoded(picture()))
     path.chmod(0)
-    with pytest.raises(PhotoError, match="Permission denied"):
+    with without_root(), pytest.raises(PhotoError, match="Permission denied"):
         load_pixels(path, SIZE)
 
 

@@ -107,6 +107,17 @@ def test_a_bad_photo_is_named(tagger: Tagger, tmp_path: Path) -> None:
         tagger.tag(tmp_path / "absent.jpg")
 
 
+@pytest.mark.parametrize(
+    "pixels", [np.zeros((9, 9), np.float32), np.zeros((9, 9, 3)), np.zeros((0, 0, 3), np.uint8)]
+)
+def test_an_image_or_array_that_cannot_be_used_is_a_photo_error(tagger: Tagger, pixels: np.ndarray) -> None:
+    with pytest.raises(PhotoError, match="the image: damaged or unsupported"):
+        tagger.tag(pixels)
+    if pixels.dtype == np.float32:
+        with pytest.raises(PhotoError, match="32-bit pixels"):
+            tagger.tag(Image.fromarray(pixels))
+
+
 def test_a_missing_tagger_is_named(tmp_path: Path) -> None:
     with pytest.raises(TaggerError, match=r"absent\.onnx: not found; make it with `fedmpt export`"):
         Tagger.load(tmp_path / "absent.onnx")
