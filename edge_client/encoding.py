@@ -96,7 +96,7 @@ def _encode(photos: Sequence[LabelledPhoto], encoder: Encoder, known: Container[
                 pixels[content] = decode_pixels(data, encoder.size, photo.path)
             items.append(EncodedPhoto(photo, content))
         except PhotoError as error:
-            items.append(EncodedPhoto(photo, error=error))
+            items.append(EncodedPhoto(photo, error=error.bare()))
     if not pixels:
         return items
     tokens = dict(zip(pixels, encoder(np.stack(list(pixels.values()))), strict=True))

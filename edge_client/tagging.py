@@ -26,6 +26,8 @@ SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".j2k"}
     | {".ppm", ".pgm", ".pbm"}
 )
+# In folders these are not passed over in silence: their owner takes them for photos, and is told to convert them.
+UNREAD_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
 BATCH_SIZE = 8
 LOOKAHEAD = 3  # batches that are decoded while one is computed
 
@@ -44,19 +46,17 @@ def find_photos(sources: Iterable[str], skipped: Counter[str] | None = None) -> 
 
     A named file is yielded whatever it is called, also if it does not exist (its decoding will say so). In folders
     files without a photo's suffix are passed over and counted in ``skipped`` by suffix; hidden files and folders
-    are not entered; a folder that is reached twice by symbolic links is entered once.
+    are not entered; a folder that is reached twice by symbolic links is entered once. What cannot be looked into
+    is yielded like a photo, so that its decoding says why.
     """
     seen: set[tuple[int, int]] = set()
     for source in sources:
-        path = Path(source)
-        if path.is_dir():
-            yield from _walk(path, seen, skipped)
-        elif not path.exists() and glob.has_magic(source):
-            for name in sorted(glob.glob(source, recursive=True)):  # noqa: PTH207  # takes absolute patterns too
-                found = Path(name)
-                yield from _walk(found, seen, skipped) if found.is_dir() else [found]
-        else:
-            yield path
+        is_pattern = not os.path.lexists(source) and glob.has_magic(source)
+        for path in _expand(source) if is_pattern else [Path(source)]:
+            if _is_folder(path):
+                yield from _photos_below(path, seen, skipped)
+            else:
+                yield path
 
 
 def tag_photos(
@@ -107,11 +107,11 @@ def watch(sources: Sequence[str], interval: float, stop: threading.Event) -> Ite
     network shares); a photo is yielded once two looks in a row found it of the same size and time, so that a copy
     under way is not read half.
     """
-    last: dict[Path, Signature] = {}
-    given: dict[Path, Signature] = {}
+    last: dict[Path, Signature | None] = {}
+    given: dict[Path, Signature | None] = {}
     while not stop.is_set():
-        now = {path: found for path in find_photos(sources) if (found := signature(path))}
-        ready = [path for path, found in now.items() if last.get(path) == found != given.get(path)]
+        now = {path: signature(path) for path in find_photos(sources)}
+        ready = [path for path, found in now.items() if last.get(path, ()) == found != given.get(path, ())]
         last, given = now, {path: found for path, found in given.items() if path in now}
         given.update((path, now[path]) for path in ready)
         if ready:
@@ -141,26 +141,57 @@ def _decode(path: Path, size: int) -> Pixels | PhotoError:
     try:
         return load_pixels(path, size)
     except PhotoError as error:
-        return error
+        return error.bare()
 
 
-def _walk(folder: Path, seen: set[tuple[int, int]], skipped: Counter[str] | None) -> Iterator[Path]:
-    try:
-        status = folder.stat()
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError:
-        yield folder  # as if it were a photo: its decoding reports it, and the rest goes on
-        return
-    if (status.st_dev, status.st_ino) in seen:
-        return
-    seen.add((status.st_dev, status.st_ino))
-    for entry in entries:
-        path = folder / entry.name
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            yield from _walk(path, seen, skipped)
-        elif path.suffix.lower() in SUFFIXES:
+def _photos_below(folder: Path, seen: set[tuple[int, int]], skipped: Counter[str] | None) -> Iterator[Path]:
+    for path, kind in _walk(folder, seen):
+        suffix = path.suffix.lower()
+        if kind == "unreadable" or (kind == "file" and suffix in SUFFIXES | UNREAD_SUFFIXES):
             yield path
-        elif skipped is not None:
-            skipped[path.suffix.lower()] += 1
+        elif kind == "file" and skipped is not None:
+            skipped[suffix] += 1
+
+
+def _expand(pattern: str) -> list[Path]:
+    """What a glob pattern names, in name order; ``**`` is walked here, as glob's own runs round in loops of links."""
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        return sorted(map(Path, glob.glob(pattern)))  # noqa: PTH207  # takes absolute patterns too
+    first = parts.index("**")
+    below = parts[first + 1 :]
+    found: set[Path] = set()
+    for base in filter(_is_folder, _expand(str(Path(*parts[:first])))):
+        if not below:
+            found.add(base)
+            continue
+        for path, kind in _walk(base, set()):
+            if kind == "folder":
+                found.update(_expand(str(Path(glob.escape(str(path)), *below))))
+            elif kind == "unreadable":
+                found.add(path)
+    return sorted(found)
+
+
+def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[tuple[Path, str]]:
+    """A folder and all below that is not hidden, in name order, each a folder, a file or unreadable."""
+    waiting: list[tuple[Path, os.DirEntry[str] | None]] = [(folder, None)]
+    while waiting:
+        path, entry = waiting.pop()
+        try:
+            if entry and not entry.is_dir():  # fails in a loop of links, and on links into closed folders
+                yield path, "file"
+                continue
+            status = path.stat()
+            entries = sorted(os.scandir(path), key=lambda entry: entry.name, reverse=True)
+        except OSError:
+            yield path, "unreadable"
+            continue
+        if (status.st_dev, status.st_ino) not in seen:
+            seen.add((status.st_dev, status.st_ino))
+            yield path, "folder"
+            waiting += [(path / entry.name, entry) for entry in entries if not entry.name.startswith(".")]
+
+
+def _is_folder(path: Path) -> bool:
+    return os.path.isdir(path)  # noqa: PTH112  # Path.is_dir raises where it may not look

@@ -6,6 +6,7 @@ import hashlib
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from collections import namedtuple
 from pathlib import Path
 
@@ -199,6 +200,21 @@ def test_bad_photos_are_reported_and_the_others_cached(bundle, photos, tmp_path)
     report = build_cache(photos, bundle, tmp_path / "cache")
     assert [error.path for error in report.failed] == [photos[i].path for i in (4, 9, 20)]
     assert report.photos == 18
+
+
+def test_photos_that_failed_do_not_stay_in_memory(bundle, photos, tmp_path):
+    bad = []
+    for number in range(50):
+        path = tmp_path / f"{number}.jpg"
+        with path.open("wb") as file:
+            file.truncate(4 << 20)
+        bad.append(LabelledPhoto(path, photos[0].labels))
+    tracemalloc.start()
+    report = build_cache([photos[0], *bad], bundle, tmp_path / "cache", threads=1)
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(report.failed) == 50
+    assert kept < 4 << 20
 
 
 def test_no_readable_photo_at_all_is_an_error_and_keeps_the_cache(bundle, photos, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -70,7 +71,50 @@ def test_symlink_loops_end(tmp_path: Path) -> None:
     assert list(find_photos([str(tmp_path)])) == [kept, tmp_path / "broken.jpg"]
 
 
+def test_a_link_that_leads_nowhere_is_reported_and_ends_nothing(tagger: Tagger, tmp_path: Path) -> None:
+    first, last = photo(tmp_path / "a.jpg"), photo(tmp_path / "z.jpg")
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    results = list(tag_photos(tagger, find_photos([str(tmp_path)])))
+    assert [result.path for result in results] == [first, loop, last]
+    assert isinstance(results[1], PhotoError)
+    assert "symbolic links" in results[1].reason
+
+
+@pytest.mark.parametrize("pattern", ["**/*.jpg", "**", "*/**/*.jpg", "**/**/*.jpg", "**/sub/*.jpg"])
+def test_glob_patterns_end_in_loops_of_links_and_give_each_photo_once(tmp_path: Path, pattern: str) -> None:
+    kept = photo(tmp_path / "sub" / "a.jpg")
+    (tmp_path / "sub" / "loop").symlink_to(".")
+    (tmp_path / "sub" / "up").symlink_to("..")
+    assert list(find_photos([str(tmp_path / pattern)])) == [kept]
+
+
+def test_a_pattern_reports_what_it_cannot_look_into(tmp_path: Path) -> None:
+    kept, loop = photo(tmp_path / "a.jpg"), tmp_path / "loop"
+    loop.symlink_to(loop)
+    assert list(find_photos([str(tmp_path / "**" / "*.jpg")])) == [kept, loop]
+
+
+def test_heic_photos_are_not_passed_over_but_fail_with_advice(tagger: Tagger, tmp_path: Path) -> None:
+    (tmp_path / "phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
+    (result,) = tag_photos(tagger, find_photos([str(tmp_path)]))
+    assert isinstance(result, PhotoError)
+    assert "convert it to JPEG" in result.reason
+
+
 # Tagging
+
+
+def test_photos_that_failed_do_not_stay_in_memory(tagger: Tagger, tmp_path: Path) -> None:
+    path = tmp_path / "no photo.jpg"
+    with path.open("wb") as file:
+        file.truncate(4 << 20)
+    tracemalloc.start()
+    failed = list(tag_photos(tagger, [path] * 50, workers=1))
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(failed) == 50
+    assert kept < 4 << 20
 
 
 def test_results_come_in_the_order_of_the_photos(tagger: Tagger, tmp_path: Path) -> None:
@@ -227,6 +271,17 @@ def test_photos_are_found_as_they_appear_and_change(tmp_path: Path) -> None:
     assert next(lists) == [first]
     stop.set()
     assert list(lists) == []
+
+
+def test_a_link_that_leads_nowhere_is_given_once_and_watching_goes_on(tmp_path: Path) -> None:
+    stop = threading.Event()
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    lists = watch([str(tmp_path)], 0.01, stop)
+    assert next(lists) == [loop]
+    second = photo(tmp_path / "b.png")
+    assert next(lists) == [second]
+    stop.set()
 
 
 def test_a_copy_under_way_is_left_until_it_is_whole(tmp_path: Path) -> None:
