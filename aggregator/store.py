@@ -64,6 +64,7 @@ class Store:
                 folder.mkdir(parents=True, exist_ok=True)
                 self._lock = _lock_folder(folder)
                 undo.callback(os.close, self._lock)
+                _require_database(folder)
             self._database = sqlite3.connect(
                 ":memory:" if folder is None else folder / DATABASE,
                 isolation_level=None,
@@ -74,7 +75,7 @@ class Store:
             self._database.execute("PRAGMA synchronous = FULL")
             (sound,) = self._database.execute("PRAGMA quick_check(1)").fetchone()
             if sound != "ok":
-                raise self._damaged(sound)
+                raise self._damaged(" ".join(sound.split()))
             (version,) = self._database.execute("PRAGMA user_version").fetchone()
             (tables,) = self._database.execute("SELECT count(*) FROM sqlite_master").fetchone()
             if not tables:
@@ -202,22 +203,18 @@ class Store:
         self.close()
 
     def _check_files(self, folder: Path, opened: RoundState | None, rounds: int) -> None:
-        """Refuse a database that knows less than the files beside it: it was deleted, or put back from a copy."""
-        history, updates = folder / HISTORY, folder / UPDATES
+        """Refuse a database that knows less than the file beside it: it was put back from an old copy."""
+        history = folder / HISTORY
         written = history.read_bytes().count(b"\n") if history.exists() else 0
         if written > rounds:
             raise StoreError(
                 f"{history}: has {written} closed rounds, but {DATABASE} beside it knows only {rounds}; put the "
                 "right database back, or give another --store to begin anew"
             )
-        if opened is None and updates.exists() and updates.stat().st_size:
-            raise StoreError(
-                f"{updates}: has updates, but {DATABASE} beside it is new; put the right database back, or give "
-                "another --store to begin anew"
-            )
-        if opened is not None and not updates.exists():
+        if opened is not None and not (folder / UPDATES).exists():
             logger.error(
-                "the stored updates are missing; clients send them again", extra={"file": str(updates)}
+                "the stored updates are missing; clients send them again",
+                extra={"file": str(folder / UPDATES)},
             )
 
     def _round(self) -> RoundState | None:
@@ -271,6 +268,21 @@ class Store:
             ) from error
         except sqlite3.Error as error:  # malformed, no database at all, or not what we wrote
             raise self._damaged(error) from error
+
+
+def _require_database(folder: Path) -> None:
+    """Refuse to begin anew beside what an earlier database was about."""
+    if not _has_content(folder / DATABASE) and any(
+        _has_content(folder / name) for name in (HISTORY, UPDATES)
+    ):
+        raise StoreError(
+            f"{folder / DATABASE}: missing or empty, but {HISTORY} or {UPDATES} beside it is not; put the database "
+            "back, or give another --store to begin anew"
+        )
+
+
+def _has_content(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
 
 
 def _lock_folder(folder: Path) -> int:

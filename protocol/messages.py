@@ -118,7 +118,10 @@ class Receipt:
 
 @dataclass(frozen=True)
 class Presence:
-    """A client is there, or (its last will) gone; ``samples`` is its number of training photos."""
+    """A client is there, or (its last will) gone; ``samples`` is its number of training photos.
+
+    It is for the aggregator and the operator: no other client may read it (see the ACL of ``fedmpt certs``).
+    """
 
     federation: str
     client: str
