@@ -26,11 +26,11 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --faint: #8881; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
 h1, h2 { line-height: 1.2; } h2 { margin-top: 2.2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1rem 0; }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child { text-align: left; } td { white-space: nowrap; }
 tbody tr:hover { background: var(--faint); }
 figure { margin: 1rem 0; } figcaption { font-size: .9rem; opacity: .8; }
 .row { display: flex; flex-wrap: wrap; gap: 1rem; } .row > * { margin: 0; }
@@ -67,7 +67,8 @@ def paragraph(text: str) -> str:
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A table, which scrolls where the window is too narrow for it; see :func:`format_cell`."""
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    # A long name such as decorrelated.mAP may break after its dot.
+    head = "".join(f"<th>{escape(cell).replace('.', '.<wbr>')}</th>" for cell in header)
     body = "".join(
         "<tr>" + "".join(f"<td>{escape(format_cell(cell))}</td>" for cell in row) + "</tr>\n" for row in rows
     )
