@@ -8,6 +8,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import re
 import unicodedata
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ LABELS_FILE = "labels.csv"
 MAXIMUM_TEXT_BYTES = 256 << 20
 MAXIMUM_COCO_BYTES = 1 << 30
 MAXIMUM_XML_BYTES = 4 << 20
+_SECOND_COLUMN = re.compile(r"\s+(-1|0|1)$")
 
 
 class DatasetError(FedmptError):
@@ -39,6 +42,7 @@ class LabelledPhoto:
 
 @dataclass(frozen=True)
 class _Annotation:
+    where: str  # it was read
     name: str  # relative to the photos' folder, with forward slashes
     present: Collection[str]
     unknown: Collection[str] = ()
@@ -57,6 +61,11 @@ def read_folder(
         LabelError: it uses names that are not labels.
     """
     file = folder / LABELS_FILE
+    if not os.path.lexists(file):
+        raise DatasetError(
+            f"{file}: no such file; write one (its first line: path,labels), or give --coco JSON, "
+            "or a PASCAL VOC folder (Annotations, JPEGImages)"
+        )
     rows = csv.reader(io.StringIO(_read_text(file), newline=""), strict=True)
     annotations: dict[str, _Annotation] = {}
     try:
@@ -72,9 +81,11 @@ def read_folder(
             name = _relative(row[0], where)
             if name in annotations:
                 raise DatasetError(f"{where}: {name!r} is listed twice; keep one line for each photo")
-            annotations[name] = _Annotation(name, *(_names(cell) for cell in row[1:]))
+            annotations[name] = _Annotation(where, name, *(_names(cell) for cell in row[1:]))
     except csv.Error as error:
         raise DatasetError(f"{file}: line {rows.line_num}: {error}") from None
+    if not annotations:
+        raise DatasetError(f"{file}: names no photo; write a line for each")
     return _label(annotations.values(), folder, rules, selection)
 
 
@@ -87,30 +98,44 @@ def read_coco(
     the file's category list does not have is unknown in every photo, for nobody looked for it.
 
     Raises:
-        DatasetError: the file is missing, too large, not JSON, or an entry is malformed.
+        DatasetError: the file is missing, too large, not JSON, names no photo or contradicts itself, or an entry
+            is malformed.
         LabelError: its categories are not labels.
     """
     content = _read_json(annotations)
-    names = {
-        _field(item, "id", int, f"{annotations}: categories[{i}]"): _field(
-            item, "name", str, f"{annotations}: categories[{i}]"
-        )
-        for i, item in enumerate(_field(content, "categories", list, str(annotations)))
-    }
+    names: dict[int, str] = {}
+    for i, item in enumerate(_field(content, "categories", list, str(annotations))):
+        where = f"{annotations}: categories[{i}]"
+        number, name = _field(item, "id", int, where), _field(item, "name", str, where)
+        if names.setdefault(number, name) != name:
+            raise DatasetError(
+                f"{where}: id {number} means {names[number]!r} and {name!r}; give each category an id of its own"
+            )
     present: dict[int, set[str]] = {}
     files: dict[int, str] = {}
+    numbers: dict[str, int] = {}
     for i, item in enumerate(_field(content, "images", list, str(annotations))):
         where = f"{annotations}: images[{i}]"
         number = _field(item, "id", int, where)
-        files[number] = _relative(_field(item, "file_name", str, where), where)
+        name = _relative(_field(item, "file_name", str, where), where)
+        if files.setdefault(number, name) != name:
+            raise DatasetError(
+                f"{where}: id {number} means {files[number]!r} and {name!r}; give each image an id of its own"
+            )
+        if numbers.setdefault(name, number) != number:
+            raise DatasetError(
+                f"{where}: {name!r} has the ids {numbers[name]} and {number}; keep one, for all its annotations"
+            )
         present[number] = set()
+    if not files:
+        raise DatasetError(f"{annotations}: names no photo; is this the right file?")
     for i, item in enumerate(_field(content, "annotations", list, str(annotations))):
         where = f"{annotations}: annotations[{i}]"
         image, category = _field(item, "image_id", int, where), _field(item, "category_id", int, where)
         if image not in present or category not in names:
             raise DatasetError(f"{where}: image {image} or category {category} is not in the file")
         present[image].add(names[category])
-    found = [_Annotation(files[number], labels) for number, labels in present.items()]
+    found = [_Annotation(str(annotations), files[number], labels) for number, labels in present.items()]
     return _label(found, folder, rules, selection, annotated=names.values())
 
 
@@ -126,17 +151,22 @@ def read_voc(
     ``difficult_unknown`` makes a label unknown where all its objects are marked difficult.
 
     Raises:
-        DatasetError: no annotations, or one that is too large, not XML, or malformed.
+        DatasetError: no annotations, or one that is too large, not XML, not VOC's or malformed, or two of one photo.
         LabelError: objects' names are not labels.
     """
-    files = sorted((folder / "Annotations").glob("*.xml"))
+    # macOS leaves a "._x.xml" beside each x.xml on foreign disks.
+    files = sorted(file for file in (folder / "Annotations").glob("*.xml") if not file.name.startswith("._"))
     if not files:
         raise DatasetError(
             f"{folder}: no Annotations/*.xml; give the folder that holds Annotations and JPEGImages"
         )
-    found = []
+    found: dict[str, _Annotation] = {}
     for file in files:
         root = _read_xml(file)
+        if root.tag != "annotation":
+            raise DatasetError(
+                f"{file}: begins with <{root.tag}>, not <annotation>; is this a VOC annotation?"
+            )
         present: set[str] = set()
         difficult: set[str] = set()
         for item in root.iter("object"):
@@ -146,14 +176,17 @@ def read_voc(
             hard = difficult_unknown and (item.findtext("difficult") or "0").strip() == "1"
             (difficult if hard else present).add(name)
         photo = _relative((root.findtext("filename") or "").strip() or f"{file.stem}.jpg", str(file))
-        found.append(_Annotation(photo, present, difficult - present))
-    return _label(found, folder / "JPEGImages", rules, selection)
+        if photo in found:
+            raise DatasetError(f"{file}: is of {photo!r}, as is {found[photo].where}; keep one of them")
+        found[photo] = _Annotation(str(file), photo, present, difficult - present)
+    return _label(found.values(), folder / "JPEGImages", rules, selection)
 
 
 def read_selection(path: Path) -> frozenset[str]:
     """Read a list of photos, one a line, as in VOC's ``ImageSets/Main/train.txt``.
 
-    A photo may be named by its relative path, its file name, or its file name without the suffix.
+    A photo may be named by its relative path, its file name, or its file name without the suffix. The second
+    column of VOC's lists for one class (``000024  1``; 1, 0 or -1) says nothing here: each listed photo counts.
 
     Raises:
         DatasetError: the file is missing, too large, not UTF-8 or empty.
@@ -173,8 +206,8 @@ def _label(
 ) -> list[LabelledPhoto]:
     """Turn names into labels; ``annotated``: the only names that the annotators looked for, if stated."""
     found = list(annotations)
-    used = {name for item in found for name in (*item.present, *item.unknown)}
-    resolved = resolve_names([*used, *(annotated or ())], rules)
+    used = {name: item.where for item in reversed(found) for name in (*item.present, *item.unknown)}
+    resolved = resolve_names(used | dict.fromkeys(annotated or (), found[0].where), rules)
     if selection is not None:
         found = _select(found, selection)
     photos = []
@@ -188,21 +221,20 @@ def _label(
 
 
 def _select(annotations: list[_Annotation], selection: Collection[str]) -> list[_Annotation]:
-    missing = set(selection)
-    chosen = []
+    ways = {}
     for item in annotations:
         path = PurePosixPath(item.name)
-        ways = {item.name, path.name, path.stem} & set(selection)
-        if ways:
-            missing -= ways
-            chosen.append(item)
+        ways[item.name] = {item.name, path.name, path.stem}
+    known = set().union(*ways.values())
+    named = {name if name in known else _SECOND_COLUMN.sub("", name) for name in selection}
+    missing = named - known
     if missing:
         shown = ", ".join(sorted(missing)[:5])
         raise DatasetError(
             f"the split names {len(missing)} photos that the annotations do not have ({shown}, …); "
             "give the split that belongs to these annotations"
         )
-    return chosen
+    return [item for item in annotations if ways[item.name] & named]
 
 
 def _existing(folder: Path, name: str) -> Path:

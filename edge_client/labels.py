@@ -42,8 +42,10 @@ def clean_name(name: str) -> str:
     return unicodedata.normalize("NFC", name).strip()
 
 
-def resolve_names(names: Iterable[str], rules: LabelRules) -> dict[str, int | None]:
+def resolve_names(names: Mapping[str, str], rules: LabelRules) -> dict[str, int | None]:
     """The label index of every name that a data set uses (``None``: ignored on purpose).
+
+    ``names`` says of each where it was first used.
 
     Raises:
         LabelError: names that are neither labels nor mapped nor ignored, each with its nearest labels; or a
@@ -56,7 +58,8 @@ def resolve_names(names: Iterable[str], rules: LabelRules) -> dict[str, int | No
     problems = [
         f"  --map {old}={new}: {_nearest(new, index)}" for old, new in mapping.items() if new not in index
     ]
-    for name in sorted({clean_name(name) for name in names}):
+    places = {clean_name(name): where for name, where in names.items()}
+    for name, where in sorted(places.items()):
         target = mapping.get(name, name)
         if name in ignored:
             resolved[name] = None
@@ -67,7 +70,7 @@ def resolve_names(names: Iterable[str], rules: LabelRules) -> dict[str, int | No
         elif rules.ignore_others:
             resolved[name] = None
         else:
-            problems.append(f"  {name!r}: {_nearest(name, index)}")
+            problems.append(f"  {name!r}: {_nearest(name, index)} ({where})")
     if problems:
         raise LabelError(
             "these names are not labels of the federation; rename each with --map OLD=NEW "

@@ -84,6 +84,7 @@ def test_a_composed_name_finds_the_decomposed_file_of_macos(tmp_path):
         ("path,labels\n.,cat\n", "line 2: '.' is no path inside"),
         ('path,labels\n"a.jpg,cat\n', "line 2: unexpected end"),
         ("path,labels\n" + "a" * 200_000 + ",cat\n", "field larger than field limit"),
+        ("path,labels\n", "names no photo; write a line for each"),
     ],
 )
 def test_malformed_csv_is_refused_with_the_line(tmp_path, text, message):
@@ -94,7 +95,7 @@ def test_malformed_csv_is_refused_with_the_line(tmp_path, text, message):
 
 
 def test_csv_that_is_not_utf8_or_missing_is_refused(tmp_path):
-    with pytest.raises(DatasetError, match="no such file"):
+    with pytest.raises(DatasetError, match=r"no such file; write one .*--coco JSON, or a PASCAL VOC folder"):
         read_folder(tmp_path, RULES)
     with pytest.raises(DatasetError, match="save it as UTF-8"):
         read_folder(csv_folder(tmp_path, "path,labels\nä.jpg,cat\n", encoding="latin-1"), RULES)
@@ -118,6 +119,20 @@ def test_names_that_are_no_labels_are_listed_with_the_nearest(tmp_path):
     assert "'pottedplant': nearest labels: potted plant" in text
     assert "'Cat': nearest labels: cat" in text
     assert "'zebra': no label is near" in text
+
+
+def test_the_first_place_of_a_name_that_is_no_label_is_told(tmp_path):
+    folder = csv_folder(tmp_path, "path,labels\na.jpg,cat\nb.jpg,zebra\nc.jpg,zebra\n")
+    with pytest.raises(LabelError, match=r"'zebra': no label is near \(.*labels\.csv: line 3\)"):
+        read_folder(folder, RULES)
+    with pytest.raises(LabelError, match=r"'zebra': no label is near \(.*b\.xml\)"):
+        read_voc(voc(tmp_path, a=[("cat", 0)], b=[("zebra", 0)]), RULES)
+    with pytest.raises(LabelError, match=r"'zebra': no label is near \(.*instances\.json\)"):
+        read_coco(
+            coco(tmp_path, categories=[{"id": 17, "name": "cat"}, {"id": 18, "name": "zebra"}]),
+            tmp_path,
+            RULES,
+        )
 
 
 def test_names_are_mapped_or_ignored_on_purpose(tmp_path):
@@ -178,6 +193,19 @@ def test_coco_categories_count_even_where_no_photo_shows_them(tmp_path):
             r"annotations\[0\]: image 9 or category 17 is not",
         ),
         ({"categories": [{"id": 17, "name": None}]}, r"categories\[0\]: no 'name' of type str"),
+        ({"images": [], "annotations": []}, "instances.json: names no photo"),
+        (
+            {"images": [{"id": 1, "file_name": "a.jpg"}, {"id": 1, "file_name": "b.jpg"}]},
+            r"images\[1\]: id 1 means 'a.jpg' and 'b.jpg'; give each image an id of its own",
+        ),
+        (
+            {"images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "./a.jpg"}]},
+            r"images\[1\]: 'a.jpg' has the ids 1 and 2; keep one, for all its annotations",
+        ),
+        (
+            {"categories": [{"id": 17, "name": "cat"}, {"id": 17, "name": "dog"}]},
+            r"categories\[1\]: id 17 means 'cat' and 'dog'; give each category an id of its own",
+        ),
     ],
 )
 def test_malformed_coco_is_refused_with_the_place(tmp_path, changes, message):
@@ -231,6 +259,7 @@ def test_voc_parts_of_a_person_are_not_objects_of_their_own(tmp_path):
         ("", "not XML"),
         ("<annotation>", "not XML"),
         ("<annotation><object/></annotation>", "an object has no name"),
+        ("<html></html>", "begins with <html>, not <annotation>; is this a VOC annotation?"),
         ("<annotation><filename>../../x.jpg</filename></annotation>", "no path inside"),
         ('<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/passwd">]><a>&x;</a>', "document type declaration"),
         ('<!DOCTYPE a [<!ENTITY x "ha"><!ENTITY y "&x;&x;">]><a>&y;</a>', "document type declaration"),
@@ -247,8 +276,22 @@ def test_malformed_or_hostile_xml_is_refused(tmp_path, text, message):
 
 def test_deeply_nested_xml_does_no_harm(tmp_path):
     (tmp_path / "Annotations").mkdir()
-    (tmp_path / "Annotations" / "a.xml").write_text("<a>" * 100_000 + "</a>" * 100_000)
+    nested = "<a>" * 100_000 + "</a>" * 100_000
+    (tmp_path / "Annotations" / "a.xml").write_text(f"<annotation>{nested}</annotation>")
     assert labels_of(read_voc(tmp_path, RULES)) == {"a.jpg": [0, 0, 0]}
+
+
+def test_two_annotations_of_one_photo_are_refused(tmp_path):
+    folder = voc(tmp_path, a=[("cat", 0)])
+    (folder / "Annotations" / "b.xml").write_text("<annotation><filename>a.jpg</filename></annotation>")
+    with pytest.raises(DatasetError, match=r"b\.xml: is of 'a\.jpg', as is .*a\.xml; keep one of them"):
+        read_voc(folder, RULES)
+
+
+def test_what_macos_leaves_beside_annotations_is_passed_over(tmp_path):
+    folder = voc(tmp_path, a=[("cat", 0)])
+    (folder / "Annotations" / "._a.xml").write_bytes(b"\0\5\x16\7")
+    assert labels_of(read_voc(folder, RULES)) == {"a.jpg": [1, 0, 0]}
 
 
 def test_a_folder_without_annotations_is_refused(tmp_path):
@@ -293,6 +336,13 @@ def test_a_split_selects_by_path_file_name_or_stem(tmp_path):
     (tmp_path / "split.txt").write_text("x/a.jpg\nb.jpg\n\nc 1\n")
     photos = read_folder(folder, RULES, selection=read_selection(tmp_path / "split.txt"))
     assert sorted(labels_of(photos)) == ["a.jpg", "b.jpg", "c 1.jpg"]
+
+
+def test_in_vocs_list_for_one_class_every_photo_counts(tmp_path):
+    folder = voc(tmp_path, **{name: [("cat", 0)] for name in ("000024", "000026", "000030", "000032")})
+    (tmp_path / "cat_train.txt").write_text("000024  1\n000026 -1\n000030  0\n")
+    photos = read_voc(folder, RULES, selection=read_selection(tmp_path / "cat_train.txt"))
+    assert sorted(labels_of(photos)) == ["000024.jpg", "000026.jpg", "000030.jpg"]
 
 
 def test_a_split_of_other_photos_is_refused(tmp_path):
