@@ -20,6 +20,7 @@ from fedmpt.cli.progress import ProgressCallback, progress_bar
 from fedmpt.edge_client.cache import FeatureCache, open_cache
 from fedmpt.edge_client.engine import open_engine, predict
 from fedmpt.edge_client.images import PhotoError, load_pixels
+from fedmpt.edge_client.labels import Labels
 from fedmpt.edge_client.metrics import mean_average_precision
 from fedmpt.edge_client.probabilities import calibrate_probabilities
 from fedmpt.edge_client.tagger import Tagger
@@ -27,7 +28,7 @@ from fedmpt.edge_client.tagging import Tagged, find_photos, tag_photos
 from fedmpt.export.tagger import Calibration, export_tagger
 from fedmpt.export.tagger_graph import ExportError
 from fedmpt.export.tagger_precision import PRECISIONS
-from fedmpt.protocol.codec import State, load_provenance
+from fedmpt.protocol.codec import load_provenance
 from fedmpt.protocol.manifest import BundleManifest, load_manifest
 from fedmpt.protocol.tagger_info import Measurement
 
@@ -40,7 +41,8 @@ probabilities are chosen and measured. Never give the test set: thresholds that 
 float16 and int8 are smaller, and faster where the device has arithmetic for them. What they cost is measured on the
 photos of the validation cache, and nothing is written if it is more than --max-loss."""
 
-MAXIMUM_LOSS = {"float32": 0.0, "float16": 0.3, "int8": 1.0}  # points of mean average precision
+MAXIMUM_LOSS = {"float16": 0.3, "int8": 1.0}  # points of mean average precision
+MEASURED_TEMPERATURE = 10.0  # at which float32 probabilities still tell logits of ±100 apart
 RANGE_PHOTOS = 64  # enough for the ranges of activations
 BATCH_SIZE = 8
 
@@ -91,29 +93,30 @@ def run(arguments: argparse.Namespace) -> int:
     show_logs()
     manifest = load_manifest(arguments.bundle)
     state = load_tuned_state(arguments.state, manifest)
-    calibration = measurement = compare = None
-    if arguments.validation:
-        validation = open_cache(arguments.validation, manifest)
-        calibration, measurement = _calibrate(arguments, manifest, state, validation)
-        limit = MAXIMUM_LOSS[arguments.precision] if arguments.max_loss is None else arguments.max_loss
-        compare = functools.partial(
-            _measure_cost,
-            validation=validation,
-            measurement=measurement,
-            precision=arguments.precision,
-            limit=limit,
-        )
+    validation = open_cache(arguments.validation, manifest) if arguments.validation else None
+    calibration = measurement = measure = None
+    provenance = dict(load_provenance(arguments.state))
+    if validation and arguments.precision == "float32":
+        with progress_bar("calibrating") as progress:
+            _, logits = predict(open_engine(arguments.bundle), state, validation.tokens, progress=progress)
+        calibration, measurement = _calibrate(arguments, manifest, logits, validation.labels)
+    elif validation:
+        calibration = Calibration([0.5] * len(manifest.labels), MEASURED_TEMPERATURE)
+        measure = functools.partial(_measure, arguments, manifest, validation)
+    if arguments.photos:
+        names = ", ".join(Path(source).name for source in arguments.photos)
+        provenance["ranges of int8"] = f"found on photos of {names} (--photos)"
     info = export_tagger(
         arguments.bundle,
         state,
         arguments.out,
         calibration=calibration,
         heatmaps=arguments.heatmaps,
-        provenance=load_provenance(arguments.state),
+        provenance=provenance,
         measurement=measurement,
         precision=arguments.precision,
         photos=_range_photos(arguments.photos or [], manifest.clip.image_size),
-        compare=compare,
+        measure=measure,
     )
     if arguments.json:
         print(json.dumps(dataclasses.asdict(info), ensure_ascii=False))
@@ -123,7 +126,11 @@ def run(arguments: argparse.Namespace) -> int:
     if info.measurement.photos:
         for name, value in dataclasses.asdict(info.measurement).items():
             if value is not None:
-                print(f"  {name}: {value:.4f}" if isinstance(value, float) else f"  {name}: {value}")
+                print(
+                    f"  {name}: {round(value, 4) + 0.0:.4f}"
+                    if isinstance(value, float)
+                    else f"  {name}: {value}"
+                )
     else:
         print("  not calibrated: every threshold is 0.5 (--validation chooses them)", file=sys.stderr)
     return 0
@@ -144,39 +151,43 @@ def _check_usage(arguments: argparse.Namespace) -> None:
 
 
 def _calibrate(
-    arguments: argparse.Namespace, manifest: BundleManifest, state: State, validation: FeatureCache
+    arguments: argparse.Namespace, manifest: BundleManifest, logits: NDArray[np.floating], labels: Labels
 ) -> tuple[Calibration, Measurement]:
-    engine = open_engine(arguments.bundle)
-    with progress_bar("calibrating") as progress:
-        _, logits = predict(engine, state, validation.tokens, progress=progress)
-    found = calibrate_probabilities(logits, validation.labels, arguments.wanted_precision)
+    """Thresholds, temperature and figures from a file's logits on the validation photos."""
+    found = calibrate_probabilities(logits, labels, arguments.wanted_precision)
+    rule = "those of best F1 for each label"
+    if arguments.wanted_precision is not None:
+        rule = f"the lowest at which a fraction {arguments.wanted_precision:g} of the tags given is right"
+    if found.missed:
+        missed = ", ".join(manifest.labels[c] for c in found.missed)
+        rule += f"; no threshold reaches that for {missed}, which got the one with the most tags right"
     unseen = [
-        label
-        for label, shown in zip(manifest.labels, (validation.labels == 1).any(axis=0), strict=True)
-        if not shown
+        label for label, shown in zip(manifest.labels, (labels == 1).any(axis=0), strict=True) if not shown
     ]
     if unseen:
+        rule += f"; 0.5 for labels that no photo shows: {', '.join(unseen)}"
         print(f"no validation photo shows {', '.join(unseen)}: threshold 0.5", file=sys.stderr)
     measurement = Measurement(
-        photos=len(validation),
-        source=arguments.validation.name,
-        map=_finite(mean_average_precision(logits, validation.labels)),
+        photos=len(logits),
+        source=f"{arguments.validation.name} (--validation)",
+        map=_finite(mean_average_precision(logits, labels)),
         calibration_error_before=_finite(found.error_before),
         calibration_error_after=_finite(found.error_after),
+        rule=rule,
     )
     return Calibration(found.thresholds, found.temperature), measurement
 
 
-def _measure_cost(
+def _measure(
+    arguments: argparse.Namespace,
+    manifest: BundleManifest,
+    validation: FeatureCache,
     exact: Path,
     reduced: Path,
-    *,
-    validation: FeatureCache,
-    measurement: Measurement,
-    precision: str,
-    limit: float,
-) -> Measurement:
-    """Both files on the validation photos; raises ExportError if the reduced one is worse by more than the limit."""
+) -> tuple[Calibration, Measurement]:
+    """The reduced file's calibration, and what it costs; raises ExportError if that is above the limit."""
+    precision = arguments.precision
+    limit = MAXIMUM_LOSS[precision] if arguments.max_loss is None else arguments.max_loss
     paths = [Path(path) for path in validation.paths]
     with progress_bar("measuring float32") as progress:
         before = _predict_photos(Tagger.load(exact), paths, progress)
@@ -192,30 +203,29 @@ def _measure_cost(
         raise ExportError(
             f"--precision {precision}: gives probabilities that are no numbers; nothing was written"
         )
-    scores = [mean_average_precision(each[rows], validation.labels[rows]) for each in (before, after)]
-    cost = scores[0] - scores[1]
+    calibration, measurement = _calibrate(arguments, manifest, after[rows], validation.labels[rows])
+    possible = mean_average_precision(before[rows], validation.labels[rows])
+    cost = possible - mean_average_precision(after[rows], validation.labels[rows])
     if not cost * 100 <= limit:
         raise ExportError(
             f"--precision {precision} costs {100 * cost:.2f} points of mean average precision, more than --max-loss "
             f"{limit:g}; nothing was written. Give more or more typical --photos, or another precision"
         )
-    return dataclasses.replace(
-        measurement,
-        map=scores[1],
-        cost=cost,
-        reference=f"{100 * scores[0]:.2f} in float32 on {len(rows)} photos",
-    )
+    reference = f"{100 * possible:.2f} in float32 on {len(rows)} photos"
+    return calibration, dataclasses.replace(measurement, cost=cost, reference=reference)
 
 
 def _predict_photos(tagger: Tagger, paths: list[Path], progress: ProgressCallback) -> NDArray[np.float64]:
-    """Probabilities ``[n, C]``; NaN for a photo that cannot be read and for what is no number."""
+    """Logits ``[n, C]``; NaN for a photo that cannot be read and for what is no number."""
     probabilities = np.full((len(paths), len(tagger.info.labels)), np.nan)
     for row, result in enumerate(tag_photos(tagger, paths, min_probability=0.0)):
         if isinstance(result, Tagged):
             found = dict(result.tags)
             probabilities[row] = [found.get(label, np.nan) for label in tagger.info.labels]
         progress(row + 1, len(paths))
-    return probabilities
+    probabilities = np.clip(probabilities, 1e-30, 1 - 2.0**-24)
+    logits: NDArray[np.float64] = tagger.info.temperature * np.log(probabilities / (1 - probabilities))
+    return logits
 
 
 def _range_photos(sources: list[str], size: int) -> Iterator[NDArray[np.uint8]]:

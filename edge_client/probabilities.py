@@ -23,12 +23,15 @@ Floats = NDArray[np.floating]
 class Calibrated:
     """``temperature`` divides the logits; ``thresholds`` [C] are probabilities after it.
 
+    ``missed`` are the indices of labels for which no threshold reaches the wanted precision.
+
     The errors are expected calibration errors without and with a temperature; the latter is measured on photos that
     its temperature was not fitted on (fitted on one half, measured on the other, and the reverse).
     """
 
     temperature: float
     thresholds: tuple[float, ...]
+    missed: tuple[int, ...]
     error_before: float
     error_after: float
 
@@ -49,13 +52,16 @@ def calibrate_probabilities(logits: Floats, labels: Labels, precision: float | N
         held_out[half::2] = _sigmoid(
             logits[half::2] / fit_temperature(logits[1 - half :: 2], labels[1 - half :: 2])
         )
+    missed: tuple[int, ...] = ()
     if precision is None:
         thresholds = metrics.best_f1_thresholds(probabilities, labels)
     else:
         thresholds = metrics.precision_thresholds(probabilities, labels, precision)
+        missed = _missed(probabilities >= thresholds, labels, precision)
     return Calibrated(
         temperature=temperature,
         thresholds=tuple(float(threshold) for threshold in thresholds),
+        missed=missed,
         error_before=metrics.expected_calibration_error(_sigmoid(logits), labels),
         error_after=metrics.expected_calibration_error(held_out, labels),
     )
@@ -78,6 +84,13 @@ def fit_temperature(logits: Floats, labels: Labels) -> float:
         else:
             high = middle
     return float(np.exp(-(low + high) / 2))
+
+
+def _missed(predicted: NDArray[np.bool_], labels: Labels, precision: float) -> tuple[int, ...]:
+    right = (predicted & (labels == 1)).sum(axis=0)
+    given = (predicted & (labels != UNKNOWN)).sum(axis=0)
+    shown = (labels == 1).any(axis=0)
+    return tuple(int(c) for c in np.flatnonzero(shown & (right < precision * given - 1e-9)))
 
 
 def _sigmoid(logits: Floats) -> NDArray[np.float64]:

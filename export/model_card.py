@@ -10,10 +10,15 @@ def card_title(file_name: str) -> str:
     return f"# {file_name}"
 
 
-def model_card(info: TaggerInfo, file_name: str) -> str:
+def model_card(info: TaggerInfo, file_name: str, *, heatmaps: bool) -> str:
     """What the file is, takes and gives, where it came from, and what was measured of it."""
     rows, columns = info.grid
-    provenance = [f"- {name}: {value}" for name, value in sorted(info.provenance.items())]
+    said = (("method", info.method), ("bundle", info.bundle_digest))
+    provenance = [f"- {name}: {value}" for name, value in sorted(info.provenance.items() - set(said))]
+    maps = (
+        f"- `heatmaps`: float32 `[batch, {len(info.labels)}, {rows}, {columns}]`, where in the photo each label's "
+        "score came from; each map sums to 1."
+    )
     return "\n".join(
         [
             card_title(file_name),
@@ -26,8 +31,7 @@ def model_card(info: TaggerInfo, file_name: str) -> str:
             f"- `pixels`: uint8 `[batch, {info.image_size}, {info.image_size}, 3]`, RGB. "
             f"Preprocessing: {info.preprocessing}.",
             f"- `probabilities`: float32 `[batch, {len(info.labels)}]`.",
-            f"- `heatmaps` (if present): float32 `[batch, {len(info.labels)}, {rows}, {columns}]`, where in the "
-            "photo each label's score came from; each map sums to 1.",
+            *([maps] if heatmaps else []),
             f"- Precision of the weights and of most arithmetic: {info.precision}.",
             "",
             "## Provenance",
@@ -65,8 +69,13 @@ def _measured(measurement: Measurement, temperature: float) -> list[str]:
             "Give `fedmpt export` a validation cache to calibrate them."
         ]
     lines = [
-        f"On {measurement.photos} photos of {measurement.source}; none of these figures is of a test set."
+        f"Thresholds and temperature were chosen on {measurement.photos} photos of {measurement.source}, and the "
+        "figures are of the same photos. For figures of a test set measure photos that are not among them; this "
+        "file cannot know which those are.",
+        "",
     ]
+    if measurement.rule:
+        lines.append(f"- Thresholds: {measurement.rule}")
     if measurement.map is not None:
         lines.append(f"- Mean average precision: {100 * measurement.map:.1f} %")
     before, after = measurement.calibration_error_before, measurement.calibration_error_after
@@ -76,7 +85,7 @@ def _measured(measurement: Measurement, temperature: float) -> list[str]:
         )
     if measurement.cost is not None:
         lines.append(
-            f"- Cost of the precision: {100 * measurement.cost:.2f} points of mean average precision "
+            f"- Cost of the precision: {round(100 * measurement.cost, 2) + 0.0:.2f} points of mean average precision "
             f"({measurement.reference})"
         )
     return lines

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from fedmpt.export.model_card import card_title, model_card
-from fedmpt.export.tagger_graph import ExportError, State, compose_tagger
+from fedmpt.export.tagger_graph import ExportError, State, compose_tagger, set_temperature
 from fedmpt.export.tagger_precision import reduce_precision
 from fedmpt.protocol.codec import state_digest
 from fedmpt.protocol.files import atomic_path, write_atomically
@@ -51,7 +51,7 @@ def export_tagger(
     measurement: Measurement | None = None,
     precision: str = "float32",
     photos: Iterable[NDArray[np.uint8]] = (),
-    compare: Callable[[Path, Path], Measurement] | None = None,
+    measure: Callable[[Path, Path], tuple[Calibration, Measurement]] | None = None,
 ) -> TaggerInfo:
     """Write ``out``, and its model card beside it (see :func:`card_path`).
 
@@ -68,7 +68,8 @@ def export_tagger(
         measurement: validation figures for the metadata and the card.
         precision: ``float32``, ``float16`` or ``int8``.
         photos: batches uint8 ``[B, S, S, 3]`` on which int8 finds the ranges of activations.
-        compare: given a float32 file and the one in ``precision``, measures what it costs, or raises to refuse it.
+        measure: given a float32 file and the one in ``precision``, both with ``calibration``, gives the calibration
+            and the figures of the latter, which has logits of its own; or raises to refuse it.
 
     Raises:
         BundleError: the bundle is incomplete or altered.
@@ -87,10 +88,11 @@ def export_tagger(
         exact, reduced = Path(folder) / "float32" / out.name, Path(folder) / precision / out.name
         save_tagger(model, info, exact)
         model = reduce_precision(model, precision, photos)
-        info = dataclasses.replace(info, precision=precision)
-        save_tagger(model, info, reduced)
-        if compare:
-            info = dataclasses.replace(info, measurement=compare(exact, reduced))
+        if measure:
+            save_tagger(model, dataclasses.replace(info, precision=precision), reduced)
+            calibration, measurement = measure(exact, reduced)
+        info = describe(manifest, state, calibration, provenance, measurement, precision)
+        set_temperature(model, info.temperature)
     save_tagger(model, info, out)
     return info
 
@@ -101,8 +103,9 @@ def describe(
     calibration: Calibration | None,
     provenance: Mapping[str, str] | None,
     measurement: Measurement | None,
+    precision: str = "float32",
 ) -> TaggerInfo:
-    """The metadata of a float32 tagger.
+    """The metadata of a tagger.
 
     Raises:
         ExportError: thresholds or temperature are unusable.
@@ -125,7 +128,7 @@ def describe(
         image_size=manifest.clip.image_size,
         preprocessing=PREPROCESSING,
         grid=manifest.tokens.grid,
-        precision="float32",
+        precision=precision,
         method=manifest.method,
         clip=manifest.clip.name,
         licence=manifest.clip.licence,
@@ -169,7 +172,7 @@ def save_tagger(model: onnx.ModelProto, info: TaggerInfo, out: Path) -> None:
     with atomic_path(out) as temporary:
         onnx.save(model, temporary)
         onnx.checker.check_model(temporary, full_check=True)
-    write_atomically(card_path(out), model_card(info, out.name))
+    write_atomically(card_path(out), model_card(info, out.name, heatmaps=len(model.graph.output) > 1))
 
 
 def card_path(out: Path) -> Path:

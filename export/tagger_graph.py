@@ -17,6 +17,8 @@ from fedmpt.protocol.manifest import BundleManifest
 
 State = Mapping[str, NDArray[Any]]
 
+TEMPERATURE = "temperature"  # name of the constant
+
 
 class ExportError(FedmptError):
     """A tagger cannot be made of this bundle and state, or it would not be good enough."""
@@ -41,8 +43,8 @@ def compose_tagger(
         ) from error
     graph = model.graph
     _rename(graph, {"encoder/pixels": "pixels"})
-    graph.initializer.append(numpy_helper.from_array(np.float32(temperature), "temperature"))
-    graph.node.append(helper.make_node("Div", ["head/logits", "temperature"], ["calibrated"], "calibrate"))
+    graph.initializer.append(numpy_helper.from_array(np.float32(temperature), TEMPERATURE))
+    graph.node.append(helper.make_node("Div", ["head/logits", TEMPERATURE], ["calibrated"], "calibrate"))
     graph.node.append(helper.make_node("Sigmoid", ["calibrated"], ["probabilities"], "probability"))
     labels = len(manifest.labels)
     outputs = [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["batch", labels])]
@@ -66,6 +68,12 @@ def compose_tagger(
     del model.opset_import[1:]  # the join lists the one operator set twice
     model.producer_name = "fedmpt"
     return model
+
+
+def set_temperature(model: onnx.ModelProto, temperature: float) -> None:
+    """Let another temperature divide the logits of a composed tagger."""
+    (constant,) = (tensor for tensor in model.graph.initializer if tensor.name == TEMPERATURE)
+    constant.CopyFrom(numpy_helper.from_array(np.float32(temperature), TEMPERATURE))
 
 
 def text_features(bundle: Path, manifest: BundleManifest, state: State) -> NDArray[np.float32]:

@@ -30,7 +30,8 @@ class Measurement:
     """Validation figures of the export; fractions between 0 and 1, None where not measured; no photos: none were.
 
     ``calibration_error_before`` and ``_after`` are expected calibration errors without and with the temperature;
-    ``cost`` is the mean average precision lost to the reduced precision, ``reference`` against what.
+    ``cost`` is the mean average precision lost to the reduced precision, ``reference`` against what. ``source``
+    names the photos, ``rule`` says how the thresholds were chosen on them.
     """
 
     photos: int = 0
@@ -40,6 +41,7 @@ class Measurement:
     calibration_error_after: float | None = None
     cost: float | None = None
     reference: str | None = None
+    rule: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ def info_from_json(text: str, where: str) -> TaggerInfo:
         raise TaggerError(
             f"{where}: tagger version {value.get('version')!r}, but this program reads {VERSION}; export it again"
         )
+    if isinstance(measurement := value.get("measurement"), dict):
+        measurement.setdefault("rule", "")  # the first files of this version do not have it
     try:
         info = from_plain(TaggerInfo, value, where)
     except BundleError as error:

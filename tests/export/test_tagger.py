@@ -187,8 +187,10 @@ def test_the_metadata_tells_where_it_came_from(
     assert info.provenance == {"federation": "farm", "rounds": "7"}
 
 
-def test_the_model_card_says_it_to_people(tiny_bundle: Path, state: State, tmp_path: Path) -> None:
-    measurement = Measurement(120, "north", 0.812, 0.0934, 0.0251)
+def test_the_model_card_says_it_to_people(
+    tiny_bundle: Path, manifest: BundleManifest, state: State, tmp_path: Path
+) -> None:
+    measurement = Measurement(120, "north (--validation)", 0.812, 0.0934, 0.0251, rule="those of best F1")
     calibration = Calibration([0.25, 0.5, 0.75, 1.0], 1.5)
     export_tagger(
         tiny_bundle,
@@ -196,19 +198,21 @@ def test_the_model_card_says_it_to_people(tiny_bundle: Path, state: State, tmp_p
         tmp_path / "t.onnx",
         calibration=calibration,
         measurement=measurement,
-        provenance={"federation": "farm"},
+        provenance={"federation": "farm", "method": manifest.method, "bundle": manifest.digest},
     )
     card = (tmp_path / "model-card.md").read_text()
     for line in (
         "- federation: farm",
         f"- State: sha256 {state_digest(state)}",
         "- Licence of the CLIP weights: unknown",
+        "- Thresholds: those of best F1",
         "- Mean average precision: 81.2 %",
         "- Expected calibration error: 0.0934 before, 0.0251 after temperature 1.500",
         "| traffic light | 0.750 |",
     ):
         assert line in card.splitlines()
-    assert "none of these figures is of a test set" in card
+    assert "chosen on 120 photos of north (--validation), and the figures are of the same photos" in card
+    assert card.count(manifest.method) == card.count(manifest.digest) == 1
 
 
 def test_a_second_tagger_in_a_folder_leaves_the_first_ones_card(

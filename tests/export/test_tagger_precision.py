@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, numpy_helper
 
 from fedmpt.edge_client.tagger import Tagger
-from fedmpt.export.tagger import export_tagger
+from fedmpt.export.tagger import Calibration, export_tagger
 from fedmpt.export.tagger_graph import ExportError
 from fedmpt.export.tagger_precision import PrecisionError
 from fedmpt.protocol.codec import State, load_state
@@ -89,6 +89,18 @@ def test_int8_is_quantised_as_tensorrt_takes_it(files: dict[str, Path]) -> None:
     assert [(opset.domain, opset.version) for opset in model.opset_import if opset.domain != ""] == []
 
 
+def test_each_output_of_a_layer_has_a_range_of_its_own_in_int8(files: dict[str, Path]) -> None:
+    model = onnx.load(files["int8"])
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    weights = [
+        node for node in model.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in constants
+    ]
+    assert weights
+    for node in weights:
+        assert constants[node.input[1]].shape == constants[node.input[0]].shape[-1:]
+        assert len(np.unique(constants[node.input[1]])) > 1
+
+
 def test_the_description_names_the_precision(files: dict[str, Path]) -> None:
     assert {name: Tagger.load(path, "cpu").info.precision for name, path in files.items()} == {
         "float32": "float32",
@@ -98,25 +110,39 @@ def test_the_description_names_the_precision(files: dict[str, Path]) -> None:
     assert "arithmetic: int8." in (files["int8"].parent / "model-card.md").read_text()
 
 
-def test_what_comparing_measures_is_written(tiny_bundle: Path, state: State, tmp_path: Path) -> None:
-    def compare(exact: Path, reduced: Path) -> Measurement:
-        precisions = [Tagger.load(path, "cpu").info.precision for path in (exact, reduced)]
-        assert precisions == ["float32", "float16"]
-        return Measurement(9, "north", map=0.5, cost=0.0012, reference="50.12 in float32 on 9 photos")
+def logits(path: Path) -> np.ndarray:
+    said = Tagger.load(path, "cpu").predict(PIXELS).probabilities
+    return np.log(said / (1 - said))
 
-    export_tagger(tiny_bundle, state, tmp_path / "t.onnx", precision="float16", compare=compare)
-    assert Tagger.load(tmp_path / "t.onnx", "cpu").info.measurement == Measurement(
-        9, "north", map=0.5, cost=0.0012, reference="50.12 in float32 on 9 photos"
-    )
+
+def test_what_was_measured_of_the_reduced_file_is_written(
+    tiny_bundle: Path, state: State, tmp_path: Path
+) -> None:
+    measurement = Measurement(9, "north", map=0.5, cost=0.0012, reference="50.12 in float32 on 9 photos")
+
+    def measure(exact: Path, reduced: Path) -> tuple[Calibration, Measurement]:
+        taggers = [Tagger.load(path, "cpu") for path in (exact, reduced)]
+        assert [tagger.info.precision for tagger in taggers] == ["float32", "float16"]
+        assert [tagger.info.temperature for tagger in taggers] == [10, 10]
+        return Calibration([0.1, 0.2, 0.3, 0.4], 2.0), measurement
+
+    start = Calibration([0.5] * 4, 10.0)
+    out = tmp_path / "t.onnx"
+    export_tagger(tiny_bundle, state, out, precision="float16", calibration=start, measure=measure)
+    written = Tagger.load(out, "cpu")
+    assert (written.info.measurement, written.info.temperature) == (measurement, 2)
+    assert written.info.thresholds == (0.1, 0.2, 0.3, 0.4)
+    export_tagger(tiny_bundle, state, tmp_path / "plain.onnx", precision="float16")
+    np.testing.assert_allclose(2 * logits(out), logits(tmp_path / "plain.onnx"), atol=1e-3)
     assert "0.12 points of mean average precision" in (tmp_path / "model-card.md").read_text()
 
 
 def test_a_refused_precision_writes_nothing(tiny_bundle: Path, state: State, tmp_path: Path) -> None:
-    def refuse(exact: Path, reduced: Path) -> Measurement:
+    def refuse(exact: Path, reduced: Path) -> tuple[Calibration, Measurement]:
         raise ExportError("too costly")
 
     with pytest.raises(ExportError, match="too costly"):
-        export_tagger(tiny_bundle, state, tmp_path / "t.onnx", precision="float16", compare=refuse)
+        export_tagger(tiny_bundle, state, tmp_path / "t.onnx", precision="float16", measure=refuse)
     assert list(tmp_path.iterdir()) == []
 
 
