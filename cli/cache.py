@@ -151,11 +151,17 @@ def _read(arguments: argparse.Namespace, labels: tuple[str, ...]) -> list[Labell
 
 def _print(arguments: argparse.Namespace, report: CacheReport, absent: list[str]) -> None:
     print(
-        f"{arguments.out}: {report.photos} photos ({report.encoded} encoded, {report.dropped} dropped, "
-        f"{len(report.duplicates)} copies of others)"
+        _printable(
+            f"{arguments.out}: {report.photos} photos ({report.encoded} encoded, {report.dropped} dropped, "
+            f"{len(report.duplicates)} copies of others)"
+        )
     )
     if absent:
         print(f"labels that no photo shows: {', '.join(absent)}", file=sys.stderr)
+    if report.contradictions:
+        print("copies whose labels contradict; those are unknown until the files agree:", file=sys.stderr)
+        for first, second in report.contradictions:
+            print(f"  {first} and {second}", file=sys.stderr)
     if report.failed:
         print(f"{len(report.failed)} photos could not be read:", file=sys.stderr)
         for error in report.failed:
@@ -169,10 +175,16 @@ def _print_json(arguments: argparse.Namespace, report: CacheReport, absent: list
         "encoded": report.encoded,
         "dropped": report.dropped,
         "duplicates": [str(path) for path in report.duplicates],
+        "contradictions": [[str(first), str(second)] for first, second in report.contradictions],
         "failed": [{"path": str(error.path), "reason": error.reason} for error in report.failed],
         "absent_labels": absent,
     }
-    print(json.dumps(value, indent=1, ensure_ascii=False))
+    print(_printable(json.dumps(value, indent=1, ensure_ascii=False)))
+
+
+def _printable(text: str) -> str:
+    """Text that may hold file names that are no Unicode, with those bytes escaped as JSON does."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _renaming(text: str) -> tuple[str, str]:

@@ -58,13 +58,15 @@ class FeatureCache:
 class CacheReport:
     """What a build did: photos in the cache, new ones encoded, old ones dropped, copies, and those that failed.
 
-    ``duplicates`` are photos whose content another one has too; where their labels disagree, the label is unknown.
+    ``duplicates`` are photos whose content another one has too; ``contradictions`` those of them whose labels
+    disagree with that one's, each as (the other, it): the labels in question are unknown.
     """
 
     photos: int
     encoded: int
     dropped: int
     duplicates: tuple[Path, ...]
+    contradictions: tuple[tuple[Path, Path], ...]
     failed: tuple[PhotoError, ...]
 
 
@@ -162,7 +164,9 @@ def build_cache(
             if progress:
                 progress(done, len(photos))
         if not build.view:
-            reasons = "; ".join(str(error) for error in build.failed[:3]) or "the list is empty"
+            if not photos:
+                raise CacheError(f"{out}: no photos were given")
+            reasons = "; ".join(str(error) for error in build.failed[:3])
             raise CacheError(f"{out}: none of {len(photos)} photos could be read ({reasons})")
         dropped = store.publish(build.view, manifest.labels)
     return CacheReport(
@@ -170,6 +174,7 @@ def build_cache(
         encoded=build.encoded,
         dropped=dropped,
         duplicates=tuple(build.duplicates),
+        contradictions=tuple(build.contradictions),
         failed=tuple(build.failed),
     )
 
@@ -181,7 +186,9 @@ class _Build:
         self.view: dict[str, Entry] = {}
         self.failed: list[PhotoError] = []
         self.duplicates: list[Path] = []
+        self.contradictions: list[tuple[Path, Path]] = []
         self.encoded = 0
+        self._disputed: dict[str, npt.NDArray[np.bool_]] = {}
         self._store = store
         self._saved = time.monotonic()
 
@@ -193,7 +200,7 @@ class _Build:
                 self.failed.append(item.error)
             elif entry:
                 self.duplicates.append(item.photo.path)
-                self.view[item.hash] = Entry(entry.path, _merge(entry.labels, item.photo.labels))
+                self.view[item.hash] = self._merge(entry, item)
             else:
                 self.view[item.hash] = Entry(str(item.photo.path), item.photo.labels)
                 if item.tokens is not None:
@@ -203,12 +210,16 @@ class _Build:
             self._store.checkpoint()
             self._saved = time.monotonic()
 
-
-def _merge(first: Labels, second: Labels) -> Labels:
-    """Labels of one content that was labelled twice: known beats unknown, a contradiction is unknown."""
-    filled = np.where(first == UNKNOWN, second, first)
-    contradicting = (first != second) & (first != UNKNOWN) & (second != UNKNOWN)
-    return np.where(contradicting, UNKNOWN, filled).astype(np.int8)
+    def _merge(self, entry: Entry, copy: EncodedPhoto) -> Entry:
+        """Labels of one content that was labelled twice: known beats unknown, a contradiction is unknown for good."""
+        first, second = entry.labels, copy.photo.labels
+        disputed = self._disputed.setdefault(copy.hash, np.zeros(len(first), np.bool_))
+        disputed |= (first != second) & (first != UNKNOWN) & (second != UNKNOWN)
+        if (disputed & (second != UNKNOWN)).any():
+            self.contradictions.append((Path(entry.path), copy.photo.path))
+        labels = np.where(first == UNKNOWN, second, first)
+        labels[disputed] = UNKNOWN
+        return Entry(entry.path, labels)
 
 
 def _check_space(out: Path, store: Store, photos: int) -> None:

@@ -33,8 +33,9 @@ INDEX = "index.sqlite"
 SCHEMA = (
     "CREATE TABLE meta (json TEXT NOT NULL)",
     # slot: position in the token file; path and labels (int8 [C]): NULL where the row is not in the view.
+    # A path is bytes, for file names need not be Unicode.
     "CREATE TABLE rows (slot INTEGER PRIMARY KEY, hash TEXT NOT NULL UNIQUE, crc INTEGER NOT NULL,"
-    " path TEXT, labels BLOB)",
+    " path BLOB, labels BLOB)",
     f"PRAGMA application_id = {APPLICATION_ID}",
     f"PRAGMA user_version = {VERSION}",
 )
@@ -200,7 +201,10 @@ class Store:
         self._file.close()
 
     def _insert(self, rows: Sequence[Row]) -> None:
-        values = [(row.slot, row.hash, row.crc, row.path, row.labels) for row in rows]
+        values = [
+            (row.slot, row.hash, row.crc, None if row.path is None else os.fsencode(row.path), row.labels)
+            for row in rows
+        ]
         self._connection.executemany("INSERT INTO rows VALUES (?, ?, ?, ?, ?)", values)
 
     def _copy(self, rows: Sequence[Row], target: Path) -> list[Row]:
@@ -289,8 +293,10 @@ def _read(connection: sqlite3.Connection, folder: Path) -> tuple[Meta, list[Row]
             f"{path}: damaged ({error}); delete the folder and run `fedmpt cache` again"
         ) from None
     rows = [
-        Row(*row)
-        for row in connection.execute("SELECT slot, hash, crc, path, labels FROM rows ORDER BY slot")
+        Row(slot, content_hash, crc, None if path is None else os.fsdecode(path), labels)
+        for slot, content_hash, crc, path, labels in connection.execute(
+            "SELECT slot, hash, crc, path, labels FROM rows ORDER BY slot"
+        )
     ]
     return meta, rows
 

@@ -19,9 +19,9 @@ CSV_HEADER = b"path,label,probability\n"
 def json_line(result: Tagged) -> bytes:
     """``{"path": …, "tags": [{"label": …, "probability": …}]}`` and a line break."""
     tags = [{"label": label, "probability": round(probability, 6)} for label, probability in result.tags]
-    # Not ASCII-escaped, but names that are no Unicode (any bytes are a legal name) must survive too.
     text = json.dumps({"path": str(result.path), "tags": tags}, ensure_ascii=False)
-    return text.encode("utf-8", "surrogateescape") + b"\n"
+    # A name may be any bytes; those that are no UTF-8 become JSON escapes, from which os.fsencode makes them again.
+    return text.encode("utf-8", "backslashreplace") + b"\n"
 
 
 def csv_rows(result: Tagged) -> bytes:

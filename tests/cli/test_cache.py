@@ -1,6 +1,7 @@
 """``fedmpt cache`` from labelled photos to a cache that opens, with what went wrong listed at the end."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -76,6 +77,26 @@ def test_reports_as_json(tiny_bundle, photos, tmp_path, capsys):
     assert report["duplicates"] == [str(photos / "b.png")]
     assert report["failed"][0]["path"] == str(photos / "c.png")
     assert "not an image" in report["failed"][0]["reason"]
+
+
+def test_reports_names_that_are_no_unicode_as_escapes(tiny_bundle, photos, tmp_path, capsys):
+    renamed = photos.rename(tmp_path / os.fsdecode(b"caf\xe9"))
+    out = tmp_path / os.fsdecode(b"cache\xe9")
+    (renamed / "c.png").write_bytes(b"no image")
+    assert fedmpt_cache(renamed, tiny_bundle, out, "--json") == 0
+    report = json.loads(capsys.readouterr().out.encode())
+    assert (report["cache"], report["failed"][0]["path"]) == (str(out), str(renamed / "c.png"))
+    assert fedmpt_cache(renamed, tiny_bundle, out) == 0
+    assert "cache\\udce9: 2 photos" in capsys.readouterr().out
+
+
+def test_copies_with_contradicting_labels_are_listed(tiny_bundle, photos, tmp_path, capsys):
+    (photos / "b.png").write_bytes((photos / "a.png").read_bytes())
+    assert fedmpt_cache(photos, tiny_bundle, tmp_path / "cache") == 0
+    assert (
+        f"those are unknown until the files agree:\n  {photos / 'a.png'} and {photos / 'b.png'}"
+        in capsys.readouterr().err
+    )
 
 
 def test_unknown_names_are_refused_until_mapped_or_ignored(tiny_bundle, photos, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import dataclasses
 import fcntl
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -236,6 +237,27 @@ def test_copies_of_one_photo_are_one_row_with_merged_labels(bundle, photos, tmp_
     cache = open_cache(tmp_path / "cache", bundles.load_manifest(bundle))
     # Agreed; known by one; contradicting and therefore unknown.
     assert cache.labels.tolist() == [[1, 0, -1]]
+
+
+def test_copies_with_contradicting_labels_are_reported_and_stay_unknown(bundle, photos, tmp_path):
+    given = []
+    for number, labels in enumerate([(1, 0, 0), (0, 0, -1), (1, 0, 0)]):
+        path = tmp_path / f"{number}.png"
+        shutil.copy(photos[0].path, path)
+        given.append(LabelledPhoto(path, np.array(labels, np.int8)))
+    report = build_cache(given, bundle, tmp_path / "cache")
+    assert report.contradictions == ((given[0].path, given[1].path), (given[0].path, given[2].path))
+    cache = open_cache(tmp_path / "cache", bundles.load_manifest(bundle))
+    assert cache.labels.tolist() == [[-1, 0, 0]]
+
+
+def test_names_that_are_no_unicode_are_kept(bundle, photos, tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    path = folder / "a.png"
+    shutil.copy(photos[0].path, path)
+    build_cache([dataclasses.replace(photos[0], path=path)], bundle, tmp_path / "cache")
+    assert open_cache(tmp_path / "cache", bundles.load_manifest(bundle)).paths == (str(path),)
 
 
 def test_a_photo_with_features_that_are_not_finite_is_reported(photos, tmp_path):

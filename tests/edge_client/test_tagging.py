@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import tracemalloc
@@ -13,6 +14,7 @@ from PIL import Image
 
 from fedmpt.edge_client.images import PhotoError
 from fedmpt.edge_client.tag_journal import Journal, JournalError
+from fedmpt.edge_client.tag_results import json_line
 from fedmpt.edge_client.tagger import Tagger
 from fedmpt.edge_client.tagging import Tagged, find_photos, tag_photos, watch
 
@@ -165,6 +167,12 @@ def test_heat_maps_come_with_the_labels_that_were_found(tagger: Tagger, tmp_path
     assert isinstance(result, Tagged)
     assert list(result.heatmaps) == ["red"]
     assert result.heatmaps["red"].tolist() == [[0.125] * 4] * 2 + [[0.0] * 4] * 2
+
+
+def test_a_name_that_is_no_unicode_is_escaped_in_json_and_comes_back() -> None:
+    name = b"caf\xe9 \xc3\xbc.jpg"
+    line = json_line(Tagged(Path(os.fsdecode(name)), [("red", 0.5)]))
+    assert os.fsencode(json.loads(line.decode("utf-8"))["path"]) == name
 
 
 def test_photos_are_taken_lazily(tagger: Tagger, tmp_path: Path) -> None:
