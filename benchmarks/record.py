@@ -167,7 +167,13 @@ def _engines(rows: int, inner: int, columns: int, threads: int) -> dict[str, Cal
 def append_record(
     benchmark: str, rows: Sequence[Row], *, notes: str = "", floor: Mapping[str, float] | None = None
 ) -> Path:
-    """Append one run to ``results/<benchmark>.jsonl``; return the file's path."""
+    """Append one run to ``results/<benchmark>.jsonl``; return the file's path.
+
+    A figure that is better than its floor is told: the machine was busier when the floor was measured.
+    """
+    for row in rows:
+        if row.floor is not None and share_of_floor(row.unit, row.median, row.floor) > 1:
+            print(f"{row.name} {row.parameters}: better than its floor; measure again", file=sys.stderr)
     record = {
         "benchmark": benchmark,
         "command": "python " + " ".join(_relative(word) for word in sys.argv),

@@ -79,3 +79,18 @@ def test_a_floor_is_shown_as_the_share_that_was_reached(
     printed = capsys.readouterr().out
     assert "labels 20" in printed
     assert "50%" in printed
+
+
+@pytest.mark.parametrize(("unit", "floor"), [("s", 3.0), ("photos/s", 1.0)])
+def test_a_figure_that_is_better_than_its_floor_is_told(
+    unit: str,
+    floor: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    record.append_record(
+        "codec", [Row("case", unit, [2.0], floor=floor), Row("other", unit, [2.0], floor=2.0)]
+    )
+    assert capsys.readouterr().err == "case {}: better than its floor; measure again\n"
