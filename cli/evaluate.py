@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from fedmpt.cli.logs import show_logs
@@ -19,7 +20,7 @@ from fedmpt.protocol.manifest import load_manifest
 
 DESCRIPTION = """\
 Measure a state on the photos of a feature cache: mAP and average precision by label, CF1 and OF1 at probability
-0.5, calibration error. With --validation, another cache, also CF1 and OF1 at thresholds chosen there and the
+0.5, calibration error. With --validation, a cache of other photos, also CF1 and OF1 at thresholds chosen there and the
 spurious activation rate: how often label j is predicted where i is present and j is not, at equal recall."""
 
 MAXIMUM_PAIRS_BYTES = 16 << 20
@@ -65,6 +66,12 @@ def run(arguments: argparse.Namespace) -> int:
     pairs = _read_pairs(arguments.pairs, manifest.labels) if arguments.pairs else None
     cache = open_cache(arguments.cache, manifest)
     validation = open_cache(arguments.validation, manifest) if arguments.validation else None
+    if validation and (shared := len(set(cache.hashes) & set(validation.hashes))):
+        print(
+            f"warning: {shared} of the {len(cache)} photos of {arguments.cache} are in {arguments.validation} too; "
+            "figures at thresholds that were chosen on test photos flatter the state",
+            file=sys.stderr,
+        )
     engine = open_engine(arguments.bundle, arguments.engine, arguments.device, arguments.threads)
     with progress_bar("evaluating") as progress:
         evaluation = evaluate(

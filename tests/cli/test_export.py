@@ -268,6 +268,23 @@ def test_unreadable_photos_are_left_out_of_the_ranges(  # type: ignore[no-untype
     assert "no photo in it can be read" in capsys.readouterr().err
 
 
+def test_evaluating_on_photos_that_chose_the_thresholds_warns(
+    tiny_bundle: Path, site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    random = np.random.default_rng(9)
+    for index in range(3):
+        Image.fromarray(random.integers(0, 256, (48, 48, 3), np.uint8)).save(tmp_path / f"{index}.png")
+    photos = [LabelledPhoto(path, np.ones(4, np.int8)) for path in sorted(tmp_path.glob("*.png"))]
+    others = [LabelledPhoto(path, np.ones(4, np.int8)) for path in sorted((site / "photos").iterdir())[:2]]
+    build_cache(photos, tiny_bundle, tmp_path / "apart", device="cpu", threads=1)
+    build_cache(photos + others, tiny_bundle, tmp_path / "overlapping", device="cpu", threads=1)
+    evaluate = ["evaluate", "--bundle", tiny_bundle, "--validation", site / "cache", "--cache"]
+    assert main([*map(str, evaluate), str(tmp_path / "overlapping")]) == 0
+    assert "warning: 2 of the 5 photos of" in capsys.readouterr().err
+    assert main([*map(str, evaluate), str(tmp_path / "apart")]) == 0
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_json_is_the_files_description(
     export, site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:  # type: ignore[no-untyped-def]
