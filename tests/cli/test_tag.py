@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,6 +96,31 @@ def test_photos_that_would_share_a_sidecar_fail_and_lose_nothing(  # type: ignor
     assert f"failed: {photos}/red.png: red.jpg has the same sidecar, red.xmp" in errors
     assert not (photos / "red.xmp").exists()
     assert (photos / "sea.xmp").exists()
+
+
+@pytest.mark.skipif(
+    not shutil.which("exiftool"), reason="exiftool is not installed (apt-get install exiftool)"
+)
+def test_the_documented_line_copies_sidecars_into_copies_of_the_photos(  # type: ignore[no-untyped-def]
+    tag, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manual = (Path(__file__).parents[2] / "docs" / "tagger.md").read_text()
+    line = manual.split("```sh\n")[1].split("```")[0]
+    (tmp_path / "photos").mkdir()
+    photo = tmp_path / "photos" / "sea.jpg"
+    Image.new("RGB", (40, 30), (0, 255, 128)).save(photo)
+    subprocess.run(["exiftool", "-q", "-overwrite_original", "-XMP-dc:Subject=holiday", photo], check=True)
+    before = photo.read_bytes()
+    assert tag(photo, "--format", "xmp") == 0
+    subprocess.run(["bash", "-ec", line], cwd=tmp_path, check=True)
+    read = ["exiftool", "-json", "-XMP-dc:Subject", "-XMP-lr:HierarchicalSubject", "tagged/sea.jpg"]
+    (copied,) = json.loads(subprocess.run(read, cwd=tmp_path, capture_output=True, check=True).stdout)
+    assert copied["Subject"] == ["holiday", "green", "blue"]
+    assert copied["HierarchicalSubject"] == ["green", "blue"]
+    assert photo.read_bytes() == before
+    with pytest.raises(SystemExit):
+        main(["tag", "--help"])
+    assert " ".join(line.split()) in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_help_says_which_programs_read_sidecars_and_how_xmp_runs_go_on(
