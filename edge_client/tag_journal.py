@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from fedmpt.protocol.errors import FedmptError
-from fedmpt.protocol.manifest import canonical_json
 
 FORMAT = "fedmpt-tag-journal"
 VERSION = 1
@@ -46,7 +45,7 @@ class Journal:
         self.offset = 0
         self._done: dict[str, Signature] = {}
         self._selected: dict[Path, Signature] = {}
-        header = canonical_json({"format": FORMAT, "version": VERSION, **identity}) + b"\n"
+        header = _line({"format": FORMAT, "version": VERSION, **identity})
         content = path.read_bytes() if path.exists() else b""
         end = content.find(b"\n") + 1
         if content[:end] not in (b"", header):
@@ -76,7 +75,7 @@ class Journal:
         found = self._selected.pop(path, None)
         if found is not None:
             self._done[os.fspath(path)] = found
-            self._append(canonical_json([os.fspath(path), *found, offset]) + b"\n")
+            self._append(_line([os.fspath(path), *found, offset]))
 
     def close(self) -> None:
         """Close the file; what was recorded is in it already."""
@@ -101,3 +100,8 @@ class Journal:
                 return start
             self.offset, start = offset, end
         return start
+
+
+def _line(value: Any) -> bytes:
+    """JSON in ASCII, which also holds file names that are no Unicode."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode() + b"\n"

@@ -226,6 +226,13 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path, three: list[Path]) -> No
     assert (tmp_path / "results").read_text() == "abc"
 
 
+def test_a_run_goes_on_after_a_name_that_is_no_unicode(tmp_path: Path) -> None:
+    names = [tmp_path / os.fsdecode(name) for name in (b"caf\xe9.png", b"d.png")]
+    photos = [photo(name) for name in names]
+    assert run_with_journal(tmp_path, photos, tagger="\udce9", stop_after=1) == photos[:1]
+    assert run_with_journal(tmp_path, photos, tagger="\udce9") == photos[1:]
+
+
 def test_a_changed_photo_is_tagged_again(tmp_path: Path, three: list[Path]) -> None:
     run_with_journal(tmp_path, three)
     photo(three[1], green=200)
