@@ -63,12 +63,19 @@ def sidecar_path(photo: Path, naming: str = "photo.jpg.xmp") -> Path:
         return photo.with_name(photo.name + ".xmp")
     spellings = [spelling for suffix in sorted(SUFFIXES) for spelling in (suffix, suffix.upper())]
     for other in map(photo.with_suffix, spellings):
-        if other != photo and other.exists() and not (photo.exists() and other.samefile(photo)):
+        if _is_another(other, photo):
             raise XmpError(
                 f"{photo}: {other.name} has the same sidecar, {photo.stem}.xmp; rename one, or use --sidecar "
                 "photo.jpg.xmp"
             )
     return photo.with_suffix(".xmp")
+
+
+def _is_another(other: Path, photo: Path) -> bool:
+    try:
+        return other != photo and other.exists() and not other.samefile(photo)
+    except OSError:  # such a name would be too long, or the photo has gone
+        return False
 
 
 def write_tags(sidecar: Path, labels: Sequence[str]) -> bool:

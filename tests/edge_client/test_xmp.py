@@ -452,6 +452,12 @@ def test_two_photos_never_share_a_sidecar(tmp_path: Path, other: str) -> None:
             sidecar_path(photo, "photo.xmp")
 
 
+def test_the_longest_name_of_a_photo_has_a_sidecar(tmp_path: Path) -> None:
+    photo = tmp_path / ("a" * 251 + ".jpg")
+    photo.touch()
+    assert sidecar_path(photo, "photo.xmp") == photo.with_suffix(".xmp")
+
+
 def test_a_photo_may_share_the_sidecar_of_its_raw_file(tmp_path: Path) -> None:
     for name in ("a.jpg", "a.cr3"):
         (tmp_path / name).touch()
