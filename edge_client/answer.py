@@ -33,7 +33,15 @@ def answer_round(
     if not manifest.metrics:
         data = dataclasses.replace(data, validation=data.validation[:0])
     if phase == "calibrate":
-        local = calibrate(engine, data, state, manifest, should_stop=should_stop, progress=progress)
+        local = calibrate(
+            engine,
+            data,
+            state,
+            manifest,
+            out_of_time=out_of_time,
+            should_stop=should_stop,
+            progress=progress,
+        )
     else:
         local = train_round(
             engine,

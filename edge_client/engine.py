@@ -91,6 +91,7 @@ def predict(
     *,
     batch_size: int = BATCH_SIZE,
     progress: Progress | None = None,
+    out_of_time: Callable[[], bool] | None = None,
 ) -> tuple[FloatArray, FloatArray]:
     """Scores (before κ and δ) and logits, ``[n, C]`` each, of photos by their tokens ``[n, M, D]``.
 
@@ -99,6 +100,7 @@ def predict(
         rows: the photos that are wanted; all of them where None.
         batch_size: photos at a time.
         progress: called with (photos done, total) after each batch.
+        out_of_time: asked after each batch; True ends with the first photos, those that are done.
 
     Raises:
         EngineError: one is not finite.
@@ -113,6 +115,9 @@ def predict(
         scores[part], logits[part] = output.scores, output.logits
         if progress:
             progress(part.stop, total)
+        if out_of_time and out_of_time():
+            scores, logits = scores[: part.stop], logits[: part.stop]
+            break
     if not np.isfinite(logits).all():
         raise EngineError("the head gave a logit that is not finite; check the state and the feature cache")
     return scores, logits

@@ -98,7 +98,8 @@ def train_round(
         seed: the federation's seed.
         resume: where to go on, from an earlier ``on_epoch``.
         on_epoch: called with a checkpoint after every epoch but the last.
-        out_of_time: asked after each batch; True ends the round with what has been trained so far.
+        out_of_time: asked after each batch; True ends the training with what has been reached so far. The metrics
+            of the received state are then still measured, on the whole validation split.
         should_stop: asked before each batch; True raises ``TrainingStopped``.
         progress: called with (batches done, batches in all).
 
@@ -158,6 +159,7 @@ def calibrate(
     state: State,
     manifest: BundleManifest | Manifest,
     *,
+    out_of_time: Callable[[], bool] | None = None,
     should_stop: Callable[[], bool] | None = None,
     progress: Progress | None = None,
 ) -> LocalUpdate:
@@ -165,6 +167,7 @@ def calibrate(
 
     Args:
         engine, data, state, manifest, should_stop: as for :func:`train_round`.
+        out_of_time: asked after each batch; True fits on the photos scored so far, a random part of all.
         progress: called with (photos scored, photos in all).
 
     Raises:
@@ -174,7 +177,18 @@ def calibrate(
     """
     rows, batch_size = _labelled(data), manifest.training.batch_size
     watch = _stoppable(should_stop, progress)
-    scores, _ = predict(engine, state, data.tokens, rows, batch_size=batch_size, progress=watch)
+    order = np.random.default_rng(0).permutation(len(rows))
+    scores, _ = predict(
+        engine,
+        state,
+        data.tokens,
+        rows[order],
+        batch_size=batch_size,
+        progress=watch,
+        out_of_time=out_of_time,
+    )
+    scored = order[: len(scores)]
+    rows, scores = rows[np.sort(scored)], scores[np.argsort(scored)]
     scale, bias, loss = fit_scale_and_bias(
         scores, data.labels[rows], float(state["scale"]), float(state["bias"]), manifest.training
     )

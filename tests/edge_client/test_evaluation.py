@@ -61,6 +61,13 @@ def test_predict_of_some_rows_gives_those_in_their_order():
     assert np.array_equal(scores, cache.tokens[rows, 0, :3].astype(np.float32))
 
 
+def test_predict_out_of_time_gives_the_first_photos():
+    cache = make_cache(0, n=7)
+    scores, logits = predict(ReadingEngine(), STATE, cache.tokens, batch_size=2, out_of_time=lambda: True)
+    assert np.array_equal(scores, cache.tokens[:2, 0, :3].astype(np.float32))
+    assert logits.shape == (2, 3)
+
+
 def test_predict_of_no_photos_is_empty():
     assert predict(ReadingEngine(), STATE, np.empty((0, 2, 4), np.float16))[1].shape == (0, 3)
 

@@ -214,6 +214,23 @@ def test_calibration_changes_scale_and_bias_alone_and_lowers_the_loss():
     assert update.metrics["loss"] == pytest.approx(after, rel=1e-4)
 
 
+def test_a_calibration_out_of_time_fits_the_photos_it_has_scored():
+    data, asked = _site(), []
+
+    def out_of_time():
+        asked.append(None)
+        return len(asked) == 2
+
+    update = calibrate(LinearEngine(), data, _state(), _manifest(), out_of_time=out_of_time)
+    assert len(asked) == 2
+    assert update.samples == 16 < len(data.train)
+    assert update.validation_samples == 5
+    half = np.sort(data.train[np.random.default_rng(0).permutation(len(data.train))[:16]])
+    expected = calibrate(LinearEngine(), replace(data, train=half), _state(), _manifest())
+    for name, value in expected.difference.items():
+        np.testing.assert_allclose(update.difference[name], value, rtol=1e-5)
+
+
 def test_calibration_stops_where_it_is_told_to():
     asked = []
 
