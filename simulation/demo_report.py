@@ -19,7 +19,6 @@ from fedmpt.simulation.demo import TEST_SETS, DemoResult, photo_folder
 SHOWN_PHOTOS = 12
 SHOWN_PAIRS = 10
 PHOTO_PIXELS = 224
-
 MAP_PIXELS = 150
 SHOWN_AS = {"spurious activation rate": "false positives on planted pairs (spurious activation rate)"}
 

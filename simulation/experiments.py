@@ -325,6 +325,6 @@ def _converted(key: str, value: Any, where: str) -> Any:
 def _known(keys: Iterable[str], known: Iterable[str], where: str, what: str = "key") -> None:
     for key in keys:
         if key not in (names := list(known)):
-            near = difflib.get_close_matches(key, names, 1)
+            near = difflib.get_close_matches(key, names, 1) if what == "key" else []
             hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names)}"
             raise ExperimentError(f"{where}: unknown {what} {key!r}{hint}")

@@ -125,9 +125,8 @@ def test_equal_settings_share_a_result_whatever_the_variant_is_called() -> None:
         ({"plot": [{"x": "strenght", "y": [], "by": "method"}]}, r"did you mean 'strength'\?"),
         (
             {"plot": [{"x": "strength", "y": ["nonsense.mAP"]}]},
-            r"y: unknown metric 'nonsense.mAP'; did you mean",
+            r"y: unknown metric 'nonsense.mAP'; known: decorrelated.mAP, .*seconds",
         ),
-        ({"plot": [{"x": "strength", "y": "?"}]}, "unknown metric '\\?'; known: decorrelated.mAP, .*seconds"),
         ({"plot": [{"x": "strength", "y": ["test.mAP"]}]}, "unknown metric 'test.mAP'"),
         ({"compare": [{"against": {"metod": "coop"}}]}, r"\[\[compare\]\]: unknown key 'metod'"),
         ({"compare": [{"against": {"method": "coop"}}]}, "several runs of one seed match"),

@@ -75,6 +75,11 @@ def test_a_table_writes_three_decimals_whole_thousands_apart_and_missing_values_
     assert html.count("<td>–</td>") == 2
 
 
+def test_a_long_caption_wraps_where_a_width_is_given() -> None:
+    assert 'style="width:150px"' in report.figure("", "a caption of many words", width=150)
+    assert "style" not in report.figure("", "a caption of many words")
+
+
 def test_higher_values_are_drawn_higher_and_later_ones_further_right() -> None:
     circles = chart([(1, 0.2), (2, 0.5), (3, 0.4)]).findall(".//circle")
     x = [float(circle.get("cx", "")) for circle in circles]
