@@ -28,6 +28,8 @@ PHOTO_SIZE = 448  # pixels
 HEATMAP_SIZE = 224
 TIMEOUT = 30  # seconds that a silent connection is kept
 LOOPBACK = ("127.0.0.1", "localhost")
+STAY = "They stay on this machine."
+LEAVE = "They go, unencrypted, to the machine that serves this page; it keeps none."
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +134,7 @@ class _Handler(BaseHTTPRequestHandler):
             }
         )
         page = self.page.replace("{{nonce}}", nonce).replace("{{tagger}}", description)
+        page = page.replace("{{promise}}", STAY if self.loopback else LEAVE)
         policy = (
             f"default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; img-src data:; "
             "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

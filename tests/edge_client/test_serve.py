@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import io
 import json
@@ -29,7 +30,13 @@ def tagger(colour_tagger: Path) -> Tagger:
 
 @pytest.fixture(scope="module")
 def port(tagger: Tagger) -> Iterator[int]:
-    with open_server(tagger) as server:
+    with serving(tagger, "127.0.0.1") as port:
+        yield port
+
+
+@contextlib.contextmanager
+def serving(tagger: Tagger, host: str) -> Iterator[int]:
+    with open_server(tagger, host) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
         yield server.server_port
@@ -145,6 +152,14 @@ def test_the_page_loads_nothing_from_elsewhere(port: int) -> None:
     assert "{{" not in page
 
 
+def test_the_page_promises_that_photos_stay_only_where_they_do(tagger: Tagger, port: int) -> None:
+    assert b"They stay on this machine." in request(port, "GET", "/")[1]
+    with serving(tagger, "0.0.0.0") as open_port:
+        page = request(open_port, "GET", "/")[1]
+    assert b"They go, unencrypted, to the machine that serves this page" in page
+    assert b"They stay on this machine" not in page
+
+
 def test_it_listens_on_this_machine_alone(tagger: Tagger) -> None:
     with open_server(tagger) as server:
         assert server.server_address[0] == "127.0.0.1"
@@ -210,17 +225,35 @@ def test_dropping_a_photo_tags_it(browser: Any, port: int) -> None:
     from selenium.webdriver.support.ui import WebDriverWait
 
     browser.get(f"http://127.0.0.1:{port}/")
+    drop(browser, encoded(half_green()), "dropped.png", "image/png")
+    WebDriverWait(browser, 30).until(lambda page: page.find_elements(By.CSS_SELECTOR, "article button"))
+    assert browser.find_element(By.TAG_NAME, "h2").text == "dropped.png"
+
+
+def test_what_is_dropped_and_is_no_photo_says_so(browser: Any, port: int) -> None:
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    browser.get(f"http://127.0.0.1:{port}/")
+    drop(browser, b"no photo", "letter.pdf", "application/pdf")
+    WebDriverWait(browser, 30).until(lambda page: page.find_elements(By.CSS_SELECTOR, "article.failed"))
+    assert browser.find_element(By.TAG_NAME, "h2").text == "letter.pdf"
+    assert browser.find_element(By.CSS_SELECTOR, "article.failed p").text == "not a photo (application/pdf)"
+
+
+def drop(browser: Any, content: bytes, name: str, kind: str) -> None:
+    """Drop a file on the page."""
     browser.execute_script(
         """
-        const file = new File([new Uint8Array(arguments[0])], "dropped.png", {type: "image/png"});
+        const file = new File([new Uint8Array(arguments[0])], arguments[1], {type: arguments[2]});
         const dataTransfer = new DataTransfer();
         dataTransfer.items.add(file);
         document.getElementById("drop").dispatchEvent(new DragEvent("drop", {dataTransfer, bubbles: true}));
         """,
-        list(encoded(half_green())),
+        list(content),
+        name,
+        kind,
     )
-    WebDriverWait(browser, 30).until(lambda page: page.find_elements(By.CSS_SELECTOR, "article button"))
-    assert browser.find_element(By.TAG_NAME, "h2").text == "dropped.png"
 
 
 def picture(browser: Any) -> np.ndarray:
