@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from fedmpt.edge_client.answer import answer_round
 from fedmpt.edge_client.calibration import asymmetric_loss
 from fedmpt.edge_client.engine import EngineError, HeadOutput, predict
 from fedmpt.edge_client.metrics import class_f1, mean_average_precision, overall_f1
@@ -221,7 +222,17 @@ def test_a_calibration_out_of_time_fits_the_photos_it_has_scored():
         asked.append(None)
         return len(asked) == 2
 
-    update = calibrate(LinearEngine(), data, _state(), _manifest(), out_of_time=out_of_time)
+    federation = SimpleNamespace(training=TRAINING, federation="test", metrics=True)
+    update = answer_round(
+        LinearEngine(),
+        data,
+        _state(),
+        federation,
+        phase="calibrate",
+        round_number=0,
+        client="site-a",
+        out_of_time=out_of_time,
+    )
     assert len(asked) == 2
     assert update.samples == 16 < len(data.train)
     assert update.validation_samples == 5
