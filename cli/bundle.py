@@ -39,6 +39,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--token-mode", default="full", help="full (default), or pooled: a quarter of the feature cache")
     add("--preset", default="default", help="default, or paper: the paper's pooling and training set-up")
     add("--pooling", help="transport, softmax or max (default: the preset's)")
+    add("--tau", type=float, help="τ, divides the scaled similarities before pooling (default: the preset's)")
+    add(
+        "--reg",
+        type=float,
+        help="λ, the entropy weight of transport: smaller is sharper (default: the preset's)",
+    )
+    add("--iterations", type=int, help="of Sinkhorn's algorithm (default: the preset's)")
+    add("--condition-context", type=int, default=4, help="learned tokens before each condition (default 4)")
+    add("--class-context", type=int, default=4, help="learned tokens before each label (default 4)")
+    add("--rank", type=int, default=32, help="of the adapters and the gate of fedmpt-full (default 32)")
     add("--precision", default="float32", help="of the frozen weights on disk: float32 (default) or float16")
     add("--batch-size", type=int, help="photos per training step (default: the preset's)")
     add("--seed", type=int, default=0, help="of the initial state and of the batches (default 0)")
@@ -58,11 +68,16 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.preset not in PRESETS:
         raise BuildError(f"preset {arguments.preset!r} is unknown; choose one of {', '.join(PRESETS)}")
     preset = PRESETS[arguments.preset]
-    pooling, training = preset.pooling, dataclasses.replace(preset.training, seed=arguments.seed)
-    if arguments.pooling:
-        pooling = dataclasses.replace(pooling, name=arguments.pooling)
+    training = dataclasses.replace(preset.training, seed=arguments.seed)
     if arguments.batch_size is not None:
         training = dataclasses.replace(training, batch_size=arguments.batch_size)
+    pooling: dict[str, Any] = {
+        "name": arguments.pooling,
+        "tau": arguments.tau,
+        "reg": arguments.reg,
+        "iterations": arguments.iterations,
+    }
+    given = {name: value for name, value in pooling.items() if value is not None}
     clip = load_clip(arguments.clip, arguments.licence)
     with progress_bar("building the bundle") as progress:
         manifest = build_bundle(
@@ -73,9 +88,12 @@ def run(arguments: argparse.Namespace) -> int:
             method=arguments.method,
             token_kind=arguments.tokens,
             token_mode=arguments.token_mode,
-            pooling=pooling,
+            pooling=dataclasses.replace(preset.pooling, **given),
             training=training,
             precision=arguments.precision,
+            condition_context=arguments.condition_context,
+            class_context=arguments.class_context,
+            adapter_rank=arguments.rank,
             progress=progress,
         )
     summary = summarise(manifest, arguments.out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -96,8 +97,8 @@ def build_bundle(
         ("class context", class_context),
         ("adapter rank", adapter_rank),
     ):
-        if not size > 0:
-            raise BuildError(f"{what} is {size}; it must be above 0")
+        if not 0 < size < math.inf:
+            raise BuildError(f"{what} is {size}; it must be above 0 and finite")
     _check_unique("label", labels)
     _check_unique("condition", conditions)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -10,7 +10,7 @@ import pytest
 from fedmpt.cli import main
 from fedmpt.cli.bundle import describe, read_lines, summarise
 from fedmpt.protocol.errors import FedmptError
-from fedmpt.protocol.manifest import load_manifest, verify_bundle
+from fedmpt.protocol.manifest import BundleManifest, Pooling, load_manifest, verify_bundle
 
 
 @pytest.fixture
@@ -34,6 +34,40 @@ def test_a_bundle_is_built_from_files(
     printed = json.loads(capsys.readouterr().out)
     assert printed["digest"] == manifest.digest
     assert printed["parameters"] == {"bias": 1, "scale": 1}
+
+
+@pytest.fixture(scope="module")
+def chosen(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> BundleManifest:
+    """Of a bundle for which every number was chosen on the command line."""
+    folder = tmp_path_factory.mktemp("chosen")
+    (folder / "labels.txt").write_text("cat\ndog\n")
+    files = [
+        "--clip",
+        str(tiny_clip),
+        "--labels",
+        str(folder / "labels.txt"),
+        "--out",
+        str(folder / "bundle"),
+    ]
+    numbers = (
+        "--tau 2 --reg 0.05 --iterations 3 --condition-context 5 --class-context 7 --rank 6 --batch-size 2"
+    )
+    assert main(["bundle", *files, "--method", "fedmpt-full", *numbers.split()]) == 0
+    return load_manifest(folder / "bundle")
+
+
+def test_the_numbers_of_the_pooling_can_be_chosen(chosen: BundleManifest) -> None:
+    assert chosen.pooling == Pooling("transport", tau=2, reg=0.05, iterations=3)
+
+
+def test_the_lengths_of_the_contexts_can_be_chosen(chosen: BundleManifest) -> None:
+    assert chosen.state["condition_context"].shape == (5, 5, 32)
+    assert chosen.state["class_context"].shape == (7, 32)
+
+
+def test_the_rank_of_adapters_and_gate_can_be_chosen(chosen: BundleManifest) -> None:
+    assert chosen.state["adapter_down"].shape == (5, 6, 24)
+    assert chosen.state["gate_down"].shape == (6, 24)
 
 
 def test_the_summary_counts_parameters_and_bytes(tiny_bundle: Path) -> None:
@@ -62,6 +96,16 @@ def test_the_summary_counts_parameters_and_bytes(tiny_bundle: Path) -> None:
         (["--preset", "best"], "preset 'best' is unknown; choose one of default, paper"),
         (["--method", "magic"], "method 'magic' is unknown; choose one of fedmpt-prompts, fedmpt-full"),
         (["--batch-size", "0"], "batch size is 0; it must be above 0"),
+        (["--tau", "0"], "tau is 0.0; it must be above 0"),
+        (["--tau", "inf"], "tau is inf; it must be above 0 and finite"),
+        (["--reg", "nan"], "reg is nan; it must be above 0"),
+        (["--iterations", "0"], "iterations is 0; it must be above 0"),
+        (["--condition-context", "0"], "condition context is 0; it must be above 0"),
+        (
+            ["--class-context", "70"],
+            "the text tower takes 77; shorten the label, the conditions or the contexts",
+        ),
+        (["--rank", "-1"], "adapter rank is -1; it must be above 0"),
     ],
 )
 def test_a_wrong_option_is_named(
