@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
     experiment = load_experiment(arguments.experiment, arguments.set)
     out = arguments.out or Path("runs/experiments") / experiment.name
     for folder in (out, arguments.store):
-        require_writable(folder / "results")
+        require_writable(folder / "results.csv")
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     tasks: dict[str, TaskID] = {}
