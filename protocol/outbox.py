@@ -28,6 +28,7 @@ class Outbox:
         self._waiting: deque[_Publication] = deque()
         self._sent: dict[int, _Publication] = {}
         self._last = 0
+        self.payload_bytes = 0  # of all that is kept
 
     def __len__(self) -> int:
         return len(self._waiting) + len(self._sent)
@@ -35,12 +36,21 @@ class Outbox:
     def add(self, topic: str, payload: bytes, retain: bool, delivery: Delivery | None) -> bytes:
         """Take a publication."""
         self._waiting.append(_Publication(topic.encode(), payload, retain, delivery))
+        self.payload_bytes += len(payload)
         return self._send_waiting()
 
     def acknowledged(self, packet: int) -> tuple[Delivery | None, bytes]:
         """The broker has answered; whose delivery that is."""
         publication = self._sent.pop(packet, None)
-        return (publication.delivery if publication else None), self._send_waiting()
+        if publication is None:
+            return None, b""
+        self.payload_bytes -= len(publication.payload)
+        return publication.delivery, self._send_waiting()
+
+    def largest(self) -> tuple[str, int]:
+        """Topic and payload bytes of the largest publication under way; empty and 0 where there is none."""
+        sent = max(self._sent.values(), key=lambda publication: len(publication.payload), default=None)
+        return (sent.topic.decode(), len(sent.payload)) if sent else ("", 0)
 
     def connected(self, window: int, five: bool) -> bytes:
         """Connected (again): what was sent and not acknowledged goes first, in its old order."""

@@ -8,13 +8,23 @@ Byte layouts: MQTT 5.0, sections 2.1, 3.3 and 3.4; 3.1.1 differs by the properti
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import select
+import socket
 import ssl
 import struct
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+logger = logging.getLogger(__name__)
+
 BLOCK_BYTES = 256 << 10
+LARGEST_PACKET = 268_435_460  # that MQTT can write the length of
+CLOSE_SECONDS = 2.0  # for what is left to send when the connection is closed
+_LATER = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 _PUBLISH, _PUBACK = 0x30, 0x40
 _DUPLICATE, _RETAIN = 0x08, 0x01
 _SHORT = struct.Struct("!H")
@@ -41,23 +51,46 @@ Taken = Callable[[list[Publish], list[Puback]], None]
 
 
 class Wire:
-    """What paho takes for its socket. ``taken`` gets packets in the order of their coming, from paho's thread."""
+    """What paho takes for its socket. ``taken`` gets packets in the order of their coming, from paho's thread.
 
-    def __init__(self, stream: Any, five: bool, taken: Taken) -> None:
+    A message whose packet has more than ``maximum`` bytes is acknowledged and skipped without being held.
+    ``wake`` is called when something is left to send, so that paho's thread waits for room.
+    """
+
+    def __init__(
+        self,
+        stream: Any,
+        five: bool,
+        taken: Taken,
+        *,
+        maximum: int = LARGEST_PACKET,
+        wake: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.alive_at = time.monotonic()  # when the peer last showed that it is there
+        self.failure: OSError | None = None
         self._stream = stream
         self._five = five
         self._taken = taken
+        self._maximum = maximum
+        self._wake = wake
         self._lock = threading.Lock()  # a TLS stream must not be read and written at once
+        self._broken = False  # nothing may be sent any more
         self._unsent = bytearray()
+        self._full = False  # the stream took only a part
         self._parts: list[bytes] = []  # received and not yet looked at
         self._missing = 0  # bytes until there is something to look at
+        self._skipping = 0  # bytes still to come of a message that is too large
         self._for_paho = b""
 
     def write(self, packets: bytes) -> None:
         """Send what the connection takes now, and the rest as soon as it takes more; from any thread."""
         with self._lock:
+            if self._broken:
+                return
             self._unsent += packets
             self._flush()
+        if self._unsent:
+            self._wake()
 
     def flush(self) -> None:
         """Send more of what was left."""
@@ -78,10 +111,13 @@ class Wire:
     def recv(self, size: int) -> bytes:
         if not self._for_paho:
             if self._missing or not self._parts:
-                with self._lock:
-                    data = self._stream.recv(BLOCK_BYTES)
+                data = self._read()
                 if not data:
                     return b""
+                if self._skipping:
+                    skipped = min(self._skipping, len(data))
+                    self._skipping -= skipped
+                    data = data[skipped:]
                 self._parts.append(data)
                 self._missing -= len(data)
             if self._missing <= 0:
@@ -94,7 +130,8 @@ class Wire:
     def pending(self) -> int:
         if self._for_paho or (self._parts and self._missing <= 0):
             return 1
-        return int(self._stream.pending()) if isinstance(self._stream, ssl.SSLSocket) else 0
+        with self._lock:
+            return int(self._stream.pending()) if isinstance(self._stream, ssl.SSLSocket) else 0
 
     def fileno(self) -> int:
         return int(self._stream.fileno())
@@ -103,27 +140,75 @@ class Wire:
         self._stream.setblocking(flag)
 
     def close(self) -> None:
-        self._stream.close()
+        """Close, after what is left is sent if that is soon: a DISCONNECT that is lost publishes the will."""
+        end = time.monotonic() + CLOSE_SECONDS
+        with self._lock:
+            while self._unsent and (left := end - time.monotonic()) > 0:
+                select.select([], [self._stream], [], left)
+                self._flush()
+            self._unsent.clear()
+            self._broken = True  # a closed SSLSocket would send in the clear
+            self._stream.close()
+
+    def _read(self) -> bytes:
+        with self._lock:
+            try:
+                data: bytes = self._stream.recv(BLOCK_BYTES)
+            except _LATER:
+                raise
+            except OSError as error:
+                self.failure = error
+                raise
+        self.alive_at = time.monotonic()
+        return data
 
     def _flush(self) -> None:
         try:
             while self._unsent:
                 sent = self._stream.send(self._unsent)
                 del self._unsent[:sent]
-        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            pass
+                if self._full:  # there is room again, so the peer has taken something
+                    self._full, self.alive_at = False, time.monotonic()
+        except _LATER:
+            self._full = True
         except OSError:
-            self._unsent.clear()  # the connection is lost, as reading will tell
+            # Perhaps in the middle of a packet: whatever followed would be read as its rest. Reading gets what has
+            # come already, which may be the reason (a TLS alert), and then the end. SSLSocket's own ``shutdown``
+            # would go on in the clear.
+            self._broken = True
+            self._unsent.clear()
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(self._stream, socket.SHUT_RDWR)
 
     def _look(self) -> None:
         """Take whole packets off what has come, up to the first that is paho's."""
         data = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
         published: list[Publish] = []
         acknowledged: list[Puback] = []
+        too_large: list[int] = []
         start, size = 0, len(data)
         self._missing = 1
         while True:
             body, end = _extent(data, start)
+            if end - start > self._maximum:
+                topic_end, head_end = _head(data, start, body)
+                if head_end > end:
+                    raise OSError("a malformed MQTT packet")
+                if head_end > size:
+                    self._missing = head_end - size
+                    break
+                name = data[body + 2 : topic_end].decode(errors="replace")[:200]
+                logger.warning(
+                    "%s: skipped a message of %d bytes, at most %d are taken",
+                    name,
+                    end - start,
+                    self._maximum,
+                )
+                if head_end > topic_end:
+                    too_large.append(_SHORT.unpack_from(data, topic_end)[0])
+                self._skipping = max(0, end - size)
+                start = min(end, size)
+                continue
             if end > size:
                 self._missing = end - size
                 break
@@ -138,6 +223,8 @@ class Wire:
                 break
             start = end
         self._parts = [data[start:]] if start < size else []
+        if too_large:
+            self.write(encode_pubacks(too_large))
         if published or acknowledged:
             self._taken(published, acknowledged)
 
@@ -173,6 +260,17 @@ def _extent(data: bytes, start: int) -> tuple[int, int]:
         if byte < 128:
             return at, at + length
     raise OSError("a malformed MQTT packet")
+
+
+def _head(data: bytes, start: int, body: int) -> tuple[int, int]:
+    """Where a PUBLISH's topic and packet number end; ends beyond the data where more must come to tell."""
+    qos = data[start] >> 1 & 3
+    if data[start] & 0xF0 != _PUBLISH or qos > 1:
+        raise OSError("an MQTT packet that is too large")
+    if body + 2 > len(data):
+        return body + 2, body + 2
+    topic_end = body + 2 + _SHORT.unpack_from(data, body)[0]
+    return topic_end, topic_end + 2 * qos
 
 
 def _read_publish(data: bytes, start: int, body: int, end: int, five: bool) -> Publish:

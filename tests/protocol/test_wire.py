@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import socket
+import threading
+import time
+import tracemalloc
 from collections.abc import Iterator
+from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmpt.protocol.outbox import Outbox
 from fedmpt.protocol.wire import Puback, Publish, Wire, encode_pubacks, encode_publish
 
 PINGRESP = b"\xd0\x00"
@@ -39,10 +45,12 @@ class Stream:
         return len(taken)
 
 
-def read_all(stream: Stream, five: bool = True) -> list[object]:
+def read_all(stream: Stream, five: bool = True, **options: Any) -> list[object]:
     """What came, in order: packets taken out, and paho's bytes joined where nothing came between."""
     seen: list[object] = []
-    wire = Wire(stream, five, lambda published, acknowledged: seen.extend([*published, *acknowledged]))
+    wire = Wire(
+        stream, five, lambda published, acknowledged: seen.extend([*published, *acknowledged]), **options
+    )
     while stream.pieces or wire.pending():
         try:
             data = wire.recv(3)
@@ -115,6 +123,142 @@ def test_what_the_socket_does_not_take_is_sent_later() -> None:
     assert (stream.sent, wire.unsent) == (b"0123456789abcdefghi", False)
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 300), max_size=10), st.booleans())
+def test_a_message_that_is_too_large_is_acknowledged_and_skipped(sizes: list[int], five: bool) -> None:
+    first, large, last = publish(1, 5, five), publish(2, 1000, five), publish(3, 5, five)
+    stream = Stream(list(cut(first[0] + large[0] + SUBACK + last[0], sizes)))
+    logging.disable(logging.WARNING)  # each example would log it
+    assert read_all(stream, five, maximum=500) == [first[1], SUBACK, last[1]]
+    logging.disable(logging.NOTSET)
+    assert stream.sent == encode_pubacks([2])
+
+
+def test_a_message_that_is_too_large_is_named_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    read_all(Stream([publish(2, 1000)[0]]), maximum=500)
+    assert "open/2: skipped a message of 1014 bytes, at most 500 are taken" in caplog.text
+
+
+def test_a_message_that_is_too_large_is_never_held() -> None:
+    class Endless(Stream):
+        """Gives the head of a message of 64 MiB, and then its zeros as they are asked for."""
+
+        left = 64 << 20
+
+        def recv(self, size: int) -> bytes:
+            if self.pieces:
+                return super().recv(size)
+            given = min(size, self.left)
+            self.left -= given
+            return bytes(given)
+
+    stream = Endless([b"\x32" + b"\xac\x80\x80\x20" + b"\x00\x06open/a\x00\x05"])
+    wire = Wire(stream, False, lambda published, acknowledged: None, maximum=1 << 20)
+    tracemalloc.start()
+    while stream.left:
+        with contextlib.suppress(BlockingIOError):
+            wire.recv(1)
+    assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    tracemalloc.stop()
+    assert stream.sent == encode_pubacks([5])
+
+
+def test_only_messages_may_be_too_large() -> None:
+    with pytest.raises(OSError, match="too large"):
+        read_all(Stream([b"\x90\xff\x7f"]), maximum=500)
+
+
+def test_what_comes_is_a_sign_of_life() -> None:
+    wire = Wire(Stream([publish(1, 1000)[0][:100]]), True, lambda published, acknowledged: None)
+    wire.alive_at = 0.0
+    with pytest.raises(BlockingIOError):
+        wire.recv(1)
+    assert wire.alive_at > 0, "though no packet is complete"
+
+
+def test_room_in_a_full_socket_is_a_sign_of_life_but_sending_into_its_buffer_is_not() -> None:
+    stream = Stream([], takes=10)
+    wire = Wire(stream, True, lambda published, acknowledged: None)
+    wire.alive_at = 0.0
+    wire.write(b"0123456789abcdef")
+    assert wire.alive_at == 0, "a dead peer's socket would have taken them, too"
+    stream.takes = 100
+    wire.flush()
+    assert wire.alive_at > 0
+
+
+def test_whoever_waits_for_room_is_woken_when_something_is_left() -> None:
+    woken: list[bool] = []
+    stream = Stream([], takes=10)
+    wire = Wire(stream, True, lambda published, acknowledged: None, wake=lambda: woken.append(True))
+    wire.write(b"0123456789")
+    assert not woken
+    wire.write(b"a")
+    assert woken
+
+
+class Failing(socket.socket):
+    """Takes ten bytes, has no buffer once, and would take everything after that."""
+
+    calls = 0
+
+    def send(self, data: Any, flags: int = 0) -> int:
+        self.calls += 1
+        if self.calls == 2:
+            raise OSError(errno.ENOBUFS, "no buffer space")
+        return super().send(data[:10] if self.calls == 1 else data)
+
+
+def test_after_a_failure_within_a_packet_nothing_is_sent_and_the_connection_ends() -> None:
+    ours, theirs = socket.socketpair()
+    with Failing(fileno=ours.detach()) as failing, theirs:
+        wire = Wire(failing, True, lambda published, acknowledged: None)
+        wire.write(publish(1, 100)[0])
+        wire.write(publish(2, 100)[0])
+        assert (theirs.recv(1000), theirs.recv(1000)) == (publish(1, 100)[0][:10], b"")
+        assert wire.recv(1) == b"", "the end, so that the session is resumed"
+
+
+def test_closing_sends_what_is_left_first() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        ours.setblocking(False)
+        wire = Wire(ours, True, lambda published, acknowledged: None)
+        wire.write(bytes(4_000_000) + b"DISCONNECT")
+        assert wire.unsent
+        closing = threading.Thread(target=wire.close)
+        closing.start()
+        got = b""
+        while data := theirs.recv(1 << 20):
+            got += data
+        closing.join()
+        assert got.endswith(b"DISCONNECT")
+
+
+def test_closing_does_not_wait_long_for_a_peer_that_takes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedmpt.protocol.wire.CLOSE_SECONDS", 0.2)
+    ours, theirs = socket.socketpair()
+    with theirs:
+        ours.setblocking(False)
+        wire = Wire(ours, True, lambda published, acknowledged: None)
+        wire.write(bytes(4_000_000))
+        start = time.monotonic()
+        wire.close()
+        assert time.monotonic() - start < 2
+
+
+def test_nothing_is_sent_after_closing() -> None:
+    class Closing(Stream):
+        def close(self) -> None:
+            pass
+
+    stream = Closing([])
+    wire = Wire(stream, True, lambda published, acknowledged: None)
+    wire.close()
+    wire.write(b"would be in the clear: a closed TLS stream has lost its keys before its descriptor")
+    assert (stream.sent, wire.unsent) == (b"", False)
+
+
 def test_a_lost_connection_shows_when_reading_not_when_writing() -> None:
     ours, theirs = socket.socketpair()
     theirs.close()
@@ -124,59 +268,3 @@ def test_a_lost_connection_shows_when_reading_not_when_writing() -> None:
             wire.write(b"x" * 1000)
         assert not wire.unsent
         assert wire.recv(1) == b"", "the end of the stream"
-
-
-def numbers(packets: bytes) -> list[int]:
-    """The packet number of each PUBLISH."""
-    return [item.packet for item in read_all(Stream([packets])) if isinstance(item, Publish)]
-
-
-def test_the_outbox_keeps_to_the_window_and_to_its_order() -> None:
-    outbox = Outbox()
-    assert outbox.add("open/0", b"x", False, None) == b"", "nothing is sent without a connection"
-    first = outbox.connected(2, five=True)
-    assert numbers(first) == [1]
-    assert numbers(outbox.add("open/1", b"x", False, None)) == [2]
-    assert outbox.add("open/2", b"x", False, None) == b""
-    _, more = outbox.acknowledged(1)
-    assert numbers(more) == [3]
-    assert len(outbox) == 2
-
-
-def test_after_a_reconnection_what_was_not_acknowledged_comes_again_first() -> None:
-    outbox = Outbox()
-    outbox.connected(3, five=True)
-    for number in range(5):
-        outbox.add(f"open/{number}", b"x", False, None)
-    outbox.acknowledged(2)
-    outbox.disconnected()
-    assert outbox.acknowledged(99) == (None, b"")
-    again = outbox.connected(3, five=True)
-    assert numbers(again) == [1, 3, 4]
-    assert again[0] & 0x08, "marked as repeated"
-    assert len(outbox) == 4
-
-
-def test_a_smaller_window_after_a_reconnection_is_kept_to() -> None:
-    outbox = Outbox()
-    outbox.connected(4, five=True)
-    for number in range(4):
-        outbox.add(f"open/{number}", b"x", False, None)
-    outbox.disconnected()
-    assert len(numbers(outbox.connected(1, five=True))) == 1
-    topics = []
-    for packet in (1, 5, 6, 7):
-        _, more = outbox.acknowledged(packet)
-        topics += numbers(more) if more else []
-    assert topics == [5, 6, 7]
-    assert len(outbox) == 0
-
-
-def test_packet_numbers_wrap_around_past_those_in_use() -> None:
-    outbox = Outbox()
-    outbox.connected(3, five=True)
-    outbox.add("open/kept", b"x", False, None)
-    for _ in range(65534):
-        outbox.add("open/x", b"", False, None)
-        outbox.acknowledged(outbox._last)
-    assert numbers(outbox.add("open/x", b"", False, None)) == [2]
