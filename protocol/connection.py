@@ -3,14 +3,17 @@
 MQTT 5 with a session that outlives disconnections, or 3.1.1 where the broker has no 5. Everything is QoS 1 and
 acknowledged by hand, so that a message counts as received only once its receiver says so. Reconnection waits a
 random time ("full jitter"), so that a thousand sites do not return at once. paho connects, subscribes and keeps
-alive; messages and their acknowledgements go past it (see ``wire.py``).
+alive; messages and their acknowledgements go past it (see ``wire.py``). That needs more of paho than it promises
+to keep, so its version is bounded, and what would fail silently is checked.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import re
+import socket
 import ssl
 import threading
 import time
@@ -47,13 +50,19 @@ logger = logging.getLogger(__name__)
 KEEPALIVE_SECONDS = 30
 SESSION_EXPIRY_SECONDS = 24 * 3600
 IN_FLIGHT = 1000  # paho's default of 20 stalls bursts: each 20 messages would wait for a round trip
-OUTBOX = 20_000
+OUTBOX, OUTBOX_BYTES = 20_000, 64 << 20
+MAXIMUM_PACKET_BYTES = 64 << 20  # that we take, unless told otherwise
+WAITING_BYTES = 32 << 20  # of received messages that wait for their reader
+UNSENT_BYTES = (
+    64 << 10
+)  # that the kernel may keep back: on a slow link, a message swallowed whole shows no progress
 PATIENCE_SECONDS = 2.0  # for the answer to the first CONNECT
 BACKOFF_SECONDS = (0.5, 30.0)  # first ceiling and last
 IMPATIENT_PAUSE_SECONDS = 2.0
 # Signs of a second client with our id, within a minute: the broker says "taken over" (MQTT 5; mosquitto 2.0 does
 # not), or connections end within seconds of being accepted. The weaker sign must show more often.
-TAKEOVERS, BRIEF_CONNECTIONS, BRIEF_SECONDS = 3, 8, 5.0
+TAKEOVERS, BRIEF_CONNECTIONS, BRIEF_SECONDS = 3, 6, 5.0
+LARGE_BYTES = 64 << 10  # a publication that a broker's limit may be too small for
 _UNSUPPORTED_VERSION, _TAKEN_OVER = 132, 142
 _FAILURE = 128  # reasons from here on
 _HEADER_BYTES = 32  # more than MQTT adds to topic and payload
@@ -63,7 +72,8 @@ class Connection:
     """A client of one broker with a stable id. Use it as a context manager.
 
     ``will`` (topic, payload) is what the broker publishes, retained, if we vanish. With ``persistent`` the broker
-    keeps our session for a day; ``receive_window`` bounds how many unacknowledged messages it sends ahead.
+    keeps our session for a day; ``receive_window`` bounds how many unacknowledged messages it sends ahead. A
+    message whose packet exceeds ``maximum_packet_size`` is not received, and never comes again.
     """
 
     def __init__(
@@ -75,7 +85,7 @@ class Connection:
         will: tuple[str, bytes] | None = None,
         persistent: bool = True,
         receive_window: int = IN_FLIGHT,
-        maximum_packet_size: int | None = None,
+        maximum_packet_size: int = MAXIMUM_PACKET_BYTES,
     ) -> None:
         self.address = address
         self.client_id = client_id
@@ -88,6 +98,8 @@ class Connection:
         self._receive_window = receive_window
         self._own_maximum = maximum_packet_size
         self._events: deque[Event | FedmptError] = deque()
+        self._waiting_bytes = 0  # of messages among the events
+        self._listening = True
         self._events_changed = threading.Condition()
         self._lock = threading.Lock()  # generation, outbox; never held while paho takes a lock of its own
         self._generation = 0
@@ -98,7 +110,7 @@ class Connection:
         self._refusal: ReasonCode | None = None
         self._attempt = 0
         self._patience = PATIENCE_SECONDS
-        self._accepted_at = 0.0
+        self._accepted_at: float | None = None  # while it lasts
         self._takeovers: list[float] = []
         self._brief: list[float] = []
         self._closed = False
@@ -112,6 +124,7 @@ class Connection:
 
         Raises:
             BrokerUnreachable: with the last failure as its reason.
+            FedmptError: another release of paho-mqtt than this works with.
         """
         end = None if timeout is None else time.monotonic() + timeout
         stop = stop or threading.Event()
@@ -125,6 +138,11 @@ class Connection:
                     "and the name that it is made out to"
                 ) from error
             except OSError as error:
+                if isinstance(error, ssl.SSLError) and "ALERT" in (error.reason or ""):
+                    raise BrokerUnreachable(
+                        f"broker {self.address.url} refuses us by TLS ({error}); check --cert and --key: that "
+                        "they are given, not expired, and of the authority that the broker trusts"
+                    ) from error
                 problem = str(error)
             if not problem:
                 return True
@@ -155,7 +173,7 @@ class Connection:
         taken: list[Event] = []
         with self._events_changed:
             self._events_changed.wait_for(lambda: self._events, timeout)
-            crowded = len(self._events) > self._receive_window
+            crowded = self._crowded
             while self._events and len(taken) < most:
                 event = self._events[0]
                 if isinstance(event, FedmptError):
@@ -164,6 +182,8 @@ class Connection:
                     raise event
                 taken.append(event)
                 self._events.popleft()
+                if isinstance(event, Message):
+                    self._waiting_bytes -= len(event.payload)
             if crowded:
                 self._events_changed.notify_all()
         return taken
@@ -196,18 +216,28 @@ class Connection:
         self.check_size(topic, len(payload))
         delivery = Delivery(topic, self._delivered)
         with self._lock:
-            self._require_room(topic)
+            self._require_room(topic, len(payload))
             self._write(self._outbox.add(topic, payload, retain, delivery))
         return delivery
 
     def publish_all(self, messages: Iterable[tuple[str, bytes]]) -> None:
-        """Send many (topic, payload), not retained, whose fate nobody waits for; else like ``publish``."""
+        """Send many (topic, payload), not retained, whose fate nobody waits for.
+
+        What exceeds the broker's maximum packet size is logged and left out.
+
+        Raises:
+            PublishRefused: too many messages wait already; those from here on are not sent.
+        """
         with self._lock:
             parts = []
             try:
                 for topic, payload in messages:
-                    self.check_size(topic, len(payload))
-                    self._require_room(topic)
+                    try:
+                        self.check_size(topic, len(payload))
+                    except PayloadTooLarge as error:
+                        logger.warning("not sent: %s", error)
+                        continue
+                    self._require_room(topic, len(payload))
                     parts.append(self._outbox.add(topic, payload, False, None))
             finally:
                 self._write(b"".join(parts))
@@ -221,11 +251,22 @@ class Connection:
                 "raise its maximum packet size (mosquitto: max_packet_size), or use a smaller update encoding"
             )
 
+    def stop_receiving(self) -> None:
+        """Drop what has come and what comes, unacknowledged: the broker keeps it for the next connection.
+
+        Without it, a reader that no longer reads holds up the answers to its own last publications.
+        """
+        with self._events_changed:
+            self._listening = False
+            self._events.clear()
+            self._waiting_bytes = 0
+            self._events_changed.notify_all()
+
     def close(self) -> None:
         """Disconnect cleanly (the will is not published); what the broker has not taken is lost."""
         self._closed = True
-        self._client.disconnect()
-        self._client.loop_stop()
+        self.stop_receiving()
+        self._client.stop()
 
     def __enter__(self) -> Connection:
         return self
@@ -235,9 +276,12 @@ class Connection:
     ) -> None:
         self.close()
 
-    def _require_room(self, topic: str) -> None:
-        if len(self._outbox) >= OUTBOX:
-            raise PublishRefused(f"{topic}: {OUTBOX} messages wait for the broker already; is it overloaded?")
+    def _require_room(self, topic: str, payload_bytes: int) -> None:
+        count, size = len(self._outbox), self._outbox.payload_bytes
+        if count and (count >= OUTBOX or size + payload_bytes > OUTBOX_BYTES):
+            raise PublishRefused(
+                f"{topic}: {count} messages of {size} bytes wait for the broker already; is it overloaded?"
+            )
 
     def _write(self, packets: bytes) -> None:
         wire = self._client.wire
@@ -248,6 +292,7 @@ class Connection:
         five = self.protocol == MQTTProtocolVersion.MQTTv5
         client = _Client(
             five,
+            self._own_maximum,
             self._take,
             CallbackAPIVersion.VERSION2,
             self.client_id,
@@ -276,16 +321,20 @@ class Connection:
             properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
             properties.ReceiveMaximum = self._receive_window
             properties.SessionExpiryInterval = SESSION_EXPIRY_SECONDS if self._persistent else 0
-            if self._own_maximum:
-                properties.MaximumPacketSize = self._own_maximum
+            properties.MaximumPacketSize = self._own_maximum
             options = {"clean_start": not self._persistent, "properties": properties}
         self._client.connect(self.address.host, self.address.port, KEEPALIVE_SECONDS, **options)
+        if self._client.wire is None:
+            raise FedmptError(
+                "this release of paho-mqtt works differently inside; install paho-mqtt>=2.2,<2.3"
+            )
         self._client.loop_start()
         self._settled.wait(self._patience)
         if self._accepted.is_set():
             return ""
-        self._client.disconnect()
-        self._client.loop_stop()
+        self._client.stop()
+        if isinstance(self._client.wire.failure, ssl.SSLError):
+            raise self._client.wire.failure
         refusal = self._refusal
         if refusal is not None and refusal.value != _UNSUPPORTED_VERSION:
             raise BrokerUnreachable(
@@ -317,7 +366,6 @@ class Connection:
                 logger.error("broker %s no longer accepts us: %s", self.address.url, reason)
             self._settled.set()
             return
-        self._attempt = 0
         self._accepted_at = time.monotonic()
         self.maximum_packet_size = getattr(properties, "MaximumPacketSize", None)
         if self._subscriptions:
@@ -340,26 +388,35 @@ class Connection:
         self._settled.set()
         if self._closed or not self._accepted.is_set():
             return
+        now = time.monotonic()
+        brief = self._accepted_at is not None and now - self._accepted_at < BRIEF_SECONDS
+        if self._accepted_at is not None and not brief:
+            self._attempt = 0
+        self._accepted_at = None
         self._pause(client)
-        if self._second_client(reason):
-            text = (
-                f"broker {self.address.url} keeps closing the connection of {self.client_id!r}: another client "
-                "seems to run under this name; stop it, or give each its own name"
-            )
-            self._put([IdentityTaken(text)])
+        for sign, moments in ((reason.value == _TAKEN_OVER, self._takeovers), (brief, self._brief)):
+            moments[:] = [moment for moment in moments if now - moment < 60] + [now] * sign
+        if len(self._takeovers) >= TAKEOVERS or len(self._brief) >= BRIEF_CONNECTIONS:
+            self._put([IdentityTaken(self._text_of_brief_connections(reason))])
             self._closed = True
             client.disconnect()
             return
-        self._put([Disconnected(str(reason))])
+        failure = self._client.wire.failure if self._client.wire else None
+        self._put([Disconnected(str(failure or reason))])
 
-    def _second_client(self, reason: ReasonCode) -> bool:
-        now = time.monotonic()
-        for sign, moments in (
-            (reason.value == _TAKEN_OVER, self._takeovers),
-            (now - self._accepted_at < BRIEF_SECONDS, self._brief),
-        ):
-            moments[:] = [moment for moment in moments if now - moment < 60] + [now] * sign
-        return len(self._takeovers) >= TAKEOVERS or len(self._brief) >= BRIEF_CONNECTIONS
+    def _text_of_brief_connections(self, reason: ReasonCode) -> str:
+        text = (
+            f"broker {self.address.url} keeps closing the connection of {self.client_id!r} ({reason}): another "
+            "client seems to run under this name; stop it, or give each its own name"
+        )
+        with self._lock:
+            topic, size = self._outbox.largest()
+        if size >= LARGE_BYTES or (size and self.protocol != MQTTProtocolVersion.MQTTv5):
+            text += (
+                f". Or the broker does not take packets as large as ours (up to {size} bytes, on {topic}): raise "
+                "its maximum packet size (mosquitto: max_packet_size)"
+            )
+        return text
 
     def _pause(self, client: mqtt.Client) -> None:
         """Let paho wait a random time before it tries again."""
@@ -368,12 +425,13 @@ class Connection:
 
     def _take(self, published: list[Publish], acknowledged: list[Puback]) -> None:
         messages: list[Event | FedmptError] = []
-        unwanted = []
+        unwanted, size = [], 0
         for topic, payload, retained, packet, qos in published:
             name = topic.decode(errors="replace")
             # amqtt greets a client with retained messages of other clients' subscriptions.
             if self._wanted.fullmatch(name):
                 messages.append(Message(name, payload, retained, packet, qos, self._generation))
+                size += len(payload)
             elif qos:
                 unwanted.append(packet)
         parts = [encode_pubacks(unwanted)]
@@ -386,44 +444,67 @@ class Connection:
                     finished.append((delivery, reason))
             self._write(b"".join(parts))
         for delivery, reason in finished:
-            refusal = str(ReasonCode(PacketTypes.PUBACK, identifier=reason)) if reason >= _FAILURE else ""
+            refusal = _reason_text(reason) if reason >= _FAILURE else ""
             if refusal:
                 logger.warning("%s: the broker refused it: %s", delivery.topic, refusal)
             delivery.finish(refusal)
         if messages:
-            self._put(messages)
+            self._put(messages, size)
 
     def _on_subscribe(
         self, client: mqtt.Client, data: Any, packet: int, reasons: list[ReasonCode], properties: Any
     ) -> None:
-        for (topic, _), reason in zip(self._subscriptions, reasons, strict=True):
+        for (topic, _), reason in zip(self._subscriptions, reasons, strict=False):
             if reason.is_failure:
                 text = (
                     f"broker {self.address.url} refused the subscription to {topic} ({reason}); check its ACL"
                 )
                 self._put([SubscribeRefused(text)])
 
-    def _put(self, events: Sequence[Event | FedmptError]) -> None:
+    def _put(self, events: Sequence[Event | FedmptError], payload_bytes: int = 0) -> None:
         """Hand events to the receiver; too many that wait block, and TCP then slows the broker down."""
         with self._events_changed:
-            while len(self._events) > self._receive_window and not self._closed:
-                self._events_changed.wait(1)
-            self._events.extend(events)
+            self._events_changed.wait_for(lambda: not (self._crowded and self._listening))
+            if self._listening:
+                self._events.extend(events)
+                self._waiting_bytes += payload_bytes
             self._events_changed.notify_all()
+
+    @property
+    def _crowded(self) -> bool:
+        return len(self._events) > self._receive_window or self._waiting_bytes > WAITING_BYTES
 
 
 class _Client(mqtt.Client):
     """paho's client with a ``Wire`` for its socket."""
 
-    def __init__(self, five: bool, taken: Taken, *arguments: Any, **options: Any) -> None:
+    def __init__(self, five: bool, maximum: int, taken: Taken, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.wire: Wire | None = None
         self._five = five
+        self._maximum = maximum
         self._taken = taken
 
     def _create_socket(self) -> Any:
-        self.wire = Wire(super()._create_socket(), self._five, self._taken)
+        stream: Any = super()._create_socket()
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            with contextlib.suppress(OSError):
+                stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+        self.wire = Wire(stream, self._five, self._taken, maximum=self._maximum, wake=self._wake)
         return self.wire
+
+    def _wake(self) -> None:
+        """Let paho's thread look again, as it does itself when it queues a packet."""
+        if self._sockpairW is not None:
+            with contextlib.suppress(BlockingIOError):  # full of such bytes
+                self._sockpairW.send(b"\0")
+
+    def stop(self) -> None:
+        """Disconnect and end paho's thread, which leaves a connection open that it was just making."""
+        self.disconnect()
+        self.loop_stop()
+        if self.wire is not None:
+            self.wire.close()
 
     def want_write(self) -> bool:
         return super().want_write() or (self.wire is not None and self.wire.unsent)
@@ -432,6 +513,29 @@ class _Client(mqtt.Client):
         if self.wire is not None:
             self.wire.flush()
         return super().loop_write()
+
+    def loop_read(self, max_packets: int = 1) -> MQTTErrorCode:
+        try:
+            return super().loop_read(max_packets)
+        except Exception:
+            # It would end paho's thread, and with it the connection, without a word.
+            logger.exception("what %s sent could not be handled; connecting again", self._host)
+            return self._loop_rc_handle(MQTTErrorCode.MQTT_ERR_CONN_LOST)
+
+    def loop_misc(self) -> MQTTErrorCode:
+        # paho sees only its own packets; the answer to its ping may wait behind a message that takes minutes.
+        if self.wire is not None and self.wire.alive_at > self._last_bytes_received:
+            self._last_bytes_received = self.wire.alive_at
+            self._ping_t = 0.0
+        return super().loop_misc()
+
+
+def _reason_text(value: int) -> str:
+    """What a PUBACK's reason means; also of one that paho does not know."""
+    try:
+        return str(ReasonCode(PacketTypes.PUBACK, identifier=value))
+    except (KeyError, ValueError):
+        return f"reason 0x{value:02x}"
 
 
 def _pattern(subscription: str) -> str:

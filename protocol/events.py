@@ -13,7 +13,7 @@ class BrokerUnreachable(FedmptError):
 
 
 class IdentityTaken(FedmptError):
-    """Another client keeps connecting with this client's id."""
+    """The broker keeps closing our connection, most likely because another client uses our id."""
 
 
 class PayloadTooLarge(FedmptError):
