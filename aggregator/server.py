@@ -14,13 +14,22 @@ from fedmpt.protocol.address import BrokerAddress
 from fedmpt.protocol.codec import MAXIMUM_METRICS, Update, encode_update
 from fedmpt.protocol.connection import IN_FLIGHT, Connection
 from fedmpt.protocol.errors import FedmptError
-from fedmpt.protocol.events import Connected, Delivery, Disconnected, Message, PublishRefused
+from fedmpt.protocol.events import (
+    Connected,
+    Delivery,
+    Disconnected,
+    Message,
+    PayloadTooLarge,
+    PublishRefused,
+)
 from fedmpt.protocol.messages import Receipt, Status, to_json
 
 logger = logging.getLogger(__name__)
 
 BATCH = 500  # messages that share one commit at most
-WINDOW_BYTES = 32 << 20  # of updates that the broker may send ahead of our acknowledgements
+# Of updates of full size that the broker may send ahead of our acknowledgements. Larger packets can come (to be
+# refused with a receipt), and the round's own message is larger; what waits of all is bounded by the connection.
+WINDOW_BYTES = 32 << 20
 WINDOW_LEAST = 20
 TICK_SECONDS = 0.25
 STATUS_SECONDS = 1.0  # the status topic changes no faster
@@ -49,7 +58,8 @@ def connect(
         address,
         f"fedmpt-{topics.federation}-aggregator",
         subscriptions=(topics.all_presence, topics.all_updates, topics.round),
-        will=(topics.status, to_json(federation.status(time.time(), online=False))),
+        # Without what may be large: a will beyond the broker's limit would keep us out, and says no more.
+        will=(topics.status, to_json(_cut(federation.status(time.time(), online=False)))),
         maximum_packet_size=max(1 << 20, 4 * limit),
         receive_window=max(WINDOW_LEAST, min(IN_FLIGHT, WINDOW_BYTES // limit)),
     )
@@ -119,7 +129,7 @@ class _Loop:
         self._federation = federation
         self._connection = connection
         self._on_status = on_status
-        self._judge_from = float("inf")
+        self._judge_from = float("inf")  # inf while there is no connection
         self._said = 0.0
         self._last: Status | None = None
         self._waiting = ""
@@ -151,8 +161,8 @@ class _Loop:
 
     def farewell(self, seconds: float) -> None:
         """Publish the last status and wait for the broker to have everything."""
-        status = self._federation.status(time.time(), online=False)
-        self._publish([Outgoing(self._federation.topics.status, to_json(status))])
+        self._connection.stop_receiving()
+        self._publish([self._status_message(self._federation.status(time.time(), online=False))])
         end = time.monotonic() + seconds
         for delivery in self._deliveries:
             if not delivery.wait(max(0.0, end - time.monotonic())):
@@ -187,8 +197,9 @@ class _Loop:
         for message in messages:
             try:
                 delivery = self._connection.publish(message.topic, message.payload, retain=message.retain)
-            except PublishRefused as error:
-                # The outbox is full; retained topics are published again after every reconnection.
+            except (PublishRefused, PayloadTooLarge) as error:
+                # The outbox is full, or the broker's limit is too small for this one message: the rounds go on.
+                # Retained topics are published again after every reconnection.
                 logger.warning("message dropped", extra={"topic": message.topic, "reason": str(error)})
                 continue
             if message.retain:
@@ -206,6 +217,22 @@ class _Loop:
             logger.info(status.waiting, extra={"round": status.round})
         self._waiting = status.waiting
         changed = self._last is None or replace(status, time=self._last.time) != self._last
-        if now - self._said >= (STATUS_SECONDS if changed else HEARTBEAT_SECONDS):
-            self._publish([Outgoing(self._federation.topics.status, to_json(status))])
+        # What is said without a connection is old when it is heard, and would fill the outbox.
+        connected = self._judge_from != float("inf")
+        if connected and now - self._said >= (STATUS_SECONDS if changed else HEARTBEAT_SECONDS):
+            self._publish([self._status_message(status)])
             self._last, self._said = status, now
+
+    def _status_message(self, status: Status) -> Outgoing:
+        """The status, cut where the broker would not take all of it."""
+        topic, payload = self._federation.topics.status, to_json(status)
+        try:
+            self._connection.check_size(topic, len(payload))
+        except PayloadTooLarge:
+            payload = to_json(_cut(status))
+        return Outgoing(topic, payload)
+
+
+def _cut(status: Status) -> Status:
+    """Only what cannot be large."""
+    return replace(status, metrics={}, waiting="")

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from fedmpt.aggregator import server as server_module
 from fedmpt.aggregator.federation import Federation
 from fedmpt.aggregator.server import connect, serve
 from fedmpt.aggregator.store import Store
+from fedmpt.protocol import connection as connection_module
 from fedmpt.protocol.address import BrokerAddress, parse_broker
 from fedmpt.protocol.codec import State, decode_state, state_digest
 from fedmpt.protocol.connection import Connection
@@ -97,13 +99,14 @@ class Server:
     """An aggregator in a thread."""
 
     def __init__(self, federation: Federation, connection: Connection) -> None:
-        self.federation, self.stop, self.finished = federation, threading.Event(), False
-        self.thread = threading.Thread(target=self._run, args=(connection,))
+        self.federation, self.connection = federation, connection
+        self.stop, self.finished = threading.Event(), False
+        self.thread = threading.Thread(target=self._run)
         self.thread.start()
 
-    def _run(self, connection: Connection) -> None:
-        with connection:
-            self.finished = serve(self.federation, connection, stop=self.stop)
+    def _run(self) -> None:
+        with self.connection:
+            self.finished = serve(self.federation, self.connection, stop=self.stop)
 
     def join(self) -> None:
         self.thread.join(SECONDS)
@@ -250,3 +253,66 @@ def test_after_a_broker_restart_clients_that_are_gone_are_not_counted(
     a.round = a.status = None
     mosquitto.start()
     a.until(lambda me: me.status and me.status.online and me.status.present == 1)
+
+
+def test_what_the_broker_would_not_take_is_left_out_and_the_round_goes_on(
+    server: Server,
+    clients: list[Client],
+    make_update: Callable[..., bytes],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    a, b = clients
+    a.in_round(0)
+    b.in_round(0)
+    assert a.answer(make_update).status == "accepted"
+    server.connection.maximum_packet_size = 100  # of the broker: not even a receipt fits
+    assert b.states
+    b.publish(make_update(b.states[b.round.state], "b", 0, names=b.round.trainable))
+    end = time.monotonic() + SECONDS
+    while "message dropped" not in caplog.text and time.monotonic() < end:
+        time.sleep(0.05)
+    server.connection.maximum_packet_size = None
+    assert server.federation.round.number == 1
+    assert "not sent: fedmpt/v1/birds/receipt/b" in caplog.text
+    a.until(lambda me: me.status and me.status.round == 1)
+
+
+def test_a_status_that_is_too_large_comes_without_its_metrics(
+    server: Server, clients: list[Client], make_update: Callable[..., bytes]
+) -> None:
+    metrics = {f"metric number {number}": 1 / 3 for number in range(32)}
+    for number in (0, 1):
+        for client in clients:
+            client.in_round(number)
+            assert client.answer(make_update, metrics=metrics).status == "accepted"
+        if number == 0:
+            clients[0].until(lambda me: me.status and me.status.round == 1 and me.status.metrics)
+            server.connection.maximum_packet_size = 600  # of the broker
+    clients[0].until(lambda me: me.status and me.status.round == 2)
+    assert clients[0].status is not None
+    assert clients[0].status.metrics == {}
+
+
+def test_after_a_long_outage_all_retained_topics_are_said_again(
+    mosquitto, server: Server, clients: list[Client], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("TICK_SECONDS", "STATUS_SECONDS", "HEARTBEAT_SECONDS"):
+        monkeypatch.setattr(server_module, name, 0.05)
+    monkeypatch.setattr(connection_module, "OUTBOX", 10)
+    for client in clients:
+        client.in_round(0)
+        client.connection.close()
+    mosquitto.kill()  # without persistence
+    time.sleep(2.0)  # of heartbeats
+    mosquitto.start()
+    topics = {TOPICS.manifest, TOPICS.round, TOPICS.state(0), TOPICS.status}
+    with Connection(
+        parse_broker(mosquitto.url), "fresh", subscriptions=[f"{TOPICS.root}/+", TOPICS.all_states]
+    ) as fresh:
+        fresh.connect()
+        end = time.monotonic() + SECONDS
+        while topics and time.monotonic() < end:
+            event = fresh.receive(0.1)
+            if isinstance(event, Message):
+                topics.discard(event.topic)
+    assert not topics
