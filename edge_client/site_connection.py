@@ -14,7 +14,7 @@ from fedmpt.edge_client.inbox import Inbox
 from fedmpt.protocol.address import BrokerAddress
 from fedmpt.protocol.connection import Connection
 from fedmpt.protocol.errors import FedmptError
-from fedmpt.protocol.events import Connected, Disconnected, Message, PublishRefused
+from fedmpt.protocol.events import Connected, Disconnected, Message, PayloadTooLarge, PublishRefused
 from fedmpt.protocol.messages import Presence, to_json
 from fedmpt.protocol.topics import Topics
 
@@ -83,7 +83,8 @@ def open_site_connection(
         finally:
             done.set()
             listener.join()
+            connection.stop_receiving()
             try:
                 connection.publish(topic, offline, retain=True).wait(GOODBYE_SECONDS)
-            except PublishRefused as error:
+            except (PublishRefused, PayloadTooLarge) as error:
                 logger.debug("no goodbye: %s", error)
