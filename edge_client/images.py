@@ -191,6 +191,8 @@ def _pixels(image: Image.Image, size: int) -> Pixels:
 
 def _channel(image: Image.Image, index: int) -> Image.Image:
     """One colour of a large image, without a second picture of full size in RGB."""
+    if image.mode == "RGB" and image.info.get("transparency") is None:
+        return image.getchannel(index)
     channel = Image.new("L", image.size)
     rows = max(1, STRIP_PIXELS // image.width)
     for top in range(0, image.height, rows):
