@@ -77,7 +77,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--max-seconds-per-round",
         type=_positive(float),
         metavar="S",
-        help="end a round's training after S seconds and send what was reached",
+        help="end a round's training or calibration after S seconds and send what was reached",
     )
     parser.add_argument(
         "--active", type=_window, metavar="HH:MM-HH:MM", help="train only in this time of day (local)"
