@@ -200,7 +200,8 @@ class _Loop:
             except (PublishRefused, PayloadTooLarge) as error:
                 # The outbox is full, or the broker's limit is too small for this one message: the rounds go on.
                 # Retained topics are published again after every reconnection.
-                logger.warning("message dropped", extra={"topic": message.topic, "reason": str(error)})
+                level = logging.ERROR if isinstance(error, PayloadTooLarge) else logging.WARNING
+                logger.log(level, "message dropped", extra={"topic": message.topic, "reason": str(error)})
                 continue
             if message.retain:
                 self._deliveries.append(delivery)
