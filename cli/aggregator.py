@@ -173,7 +173,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     privacy.add_argument(
         "--dp-clip", type=float, metavar="NORM", help="L2 norm to which each update is clipped"
     )
-    privacy.add_argument("--dp-delta", type=float, metavar="δ", help="of (ε, δ); below one over the clients")
+    privacy.add_argument(
+        "--dp-delta",
+        type=float,
+        metavar="δ",
+        help="of (ε, δ); below 1/10000, one over the clients that a round may choose",
+    )
 
     parser.add_argument(
         "--metrics-port", type=int, metavar="PORT", help="serve Prometheus metrics on loopback (off)"
