@@ -306,7 +306,7 @@ class Connection:
         if self._will:
             client.will_set(self._will[0], self._will[1], qos=1, retain=True)
         client.on_connect = self._on_connect
-        client.on_connect_fail = lambda client, data: self._pause(client)
+        client.on_connect_fail = self._on_connect_fail
         client.on_disconnect = self._on_disconnect
         client.on_subscribe = self._on_subscribe
         return client
@@ -417,6 +417,10 @@ class Connection:
                 "its maximum packet size (mosquitto: max_packet_size)"
             )
         return text
+
+    def _on_connect_fail(self, client: mqtt.Client, data: Any) -> None:
+        self._brief.clear()  # the broker is down: that ended our connections, no second client
+        self._pause(client)
 
     def _pause(self, client: mqtt.Client) -> None:
         """Let paho wait a random time before it tries again."""

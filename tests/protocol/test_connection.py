@@ -553,6 +553,21 @@ def test_a_broker_that_hangs_up_at_once_is_asked_less_and_less_often(monkeypatch
     assert ceilings[:5] == [0.5, 1.0, 2.0, 4.0, 8.0]
 
 
+def test_a_broker_that_is_often_down_is_not_taken_for_a_second_client(
+    mosquitto: Any, address: BrokerAddress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection_module, "BACKOFF_SECONDS", (0.05, 0.05))
+    with Connection(address, "one") as connection:
+        connection.connect()
+        for _ in range(9):
+            wait_for(connection, Connected)
+            mosquitto.kill()
+            wait_for(connection, Disconnected)
+            time.sleep(0.2)
+            mosquitto.start()
+        wait_for(connection, Connected)
+
+
 @pytest.mark.parametrize(("five", "size"), [(False, 1000), (True, 100_000)])
 def test_a_broker_that_hangs_up_at_a_large_message_may_have_a_limit(
     five: bool, size: int, monkeypatch: pytest.MonkeyPatch
