@@ -17,7 +17,8 @@ from torch import Tensor
 from fedmpt.export import graphs, programs
 from fedmpt.export.bundle import PAPER_TRAINING
 from fedmpt.export.clip import TOKEN_KINDS, TOKEN_MODES, ClipCheckpoint, load_clip
-from fedmpt.export.methods import METHODS
+from fedmpt.export.graphs import Tensors
+from fedmpt.export.methods import METHODS, Setup
 
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = 1e-5  # of each output's largest entry, or of 0.001 where a sum cancels
@@ -64,6 +65,23 @@ def run(model: bytes, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def run_graphs(
+    setup: Setup, weights: Tensors, state: Tensors, tokens: Tensor, labels: Tensor, text: Tensor
+) -> dict[str, Tensor]:
+    """What ``make.outputs_of`` gives, by the three graphs."""
+    training = dataclasses.replace(PAPER_TRAINING, batch_size=len(tokens))
+    found: dict[str, Tensor] = {}
+    inputs = {**state, "tokens": tokens, "labels": labels, "text": text}
+    for model in (
+        programs.trace_train_step(setup, training, weights, state, tokens.shape[1]),
+        programs.trace_text_features(setup, weights, state),
+        programs.trace_head(setup, weights, state, tokens.shape[1]),
+    ):
+        graphs.place_weights(model, weights, None)
+        found |= run(model.SerializeToString(), inputs)
+    return found
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_pytorch_gives_the_golden_outputs(clip: ClipCheckpoint, make: ModuleType, method: str) -> None:
     setup, weights = make.setup_of(clip, method)
@@ -76,17 +94,23 @@ def test_pytorch_gives_the_golden_outputs(clip: ClipCheckpoint, make: ModuleType
 def test_onnx_runtime_gives_the_golden_outputs(clip: ClipCheckpoint, make: ModuleType, method: str) -> None:
     setup, weights = make.setup_of(clip, method)
     state, tokens, labels, expected = read(method)
-    training = dataclasses.replace(PAPER_TRAINING, batch_size=len(tokens))
-    found: dict[str, Tensor] = {}
-    inputs = {**state, "tokens": tokens, "labels": labels, "text": expected["text"]}
-    for model in (
-        programs.trace_train_step(setup, training, weights, state, tokens.shape[1]),
-        programs.trace_text_features(setup, weights, state),
-        programs.trace_head(setup, weights, state, tokens.shape[1]),
-    ):
-        graphs.place_weights(model, weights, None)
-        found |= run(model.SerializeToString(), inputs)
-    assert_close(found, expected)
+    assert_close(run_graphs(setup, weights, state, tokens, labels, expected["text"]), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("pooling", "reg"),
+    [("transport", 0.2), ("transport", 0.02), ("transport", 0.005), ("softmax", 0.2), ("max", 0.2)],
+)
+def test_onnx_runtime_computes_what_pytorch_computes_under_every_pooling(
+    clip: ClipCheckpoint, make: ModuleType, pooling: str, reg: float
+) -> None:
+    setup, weights = make.setup_of(clip, "fedmpt-full")
+    chosen = dataclasses.replace(setup.pooling, name=pooling, reg=reg)
+    setup = dataclasses.replace(setup, pooling=chosen)
+    state, tokens, labels, _ = read("fedmpt-full")
+    expected = make.outputs_of(setup, weights, state, tokens, labels)
+    assert_close(run_graphs(setup, weights, state, tokens, labels, expected["text"]), expected)
 
 
 @pytest.mark.parametrize("mode", TOKEN_MODES)
