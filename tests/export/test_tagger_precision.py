@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,13 @@ def test_the_head_and_both_ends_stay_float32(files: dict[str, Path], precision: 
     head = [node for node in model.graph.node if node.name.startswith("head/")]
     assert not half & {name for node in head for name in node.input}
     assert "QuantizeLinear" not in {node.op_type for node in head}
+
+
+@pytest.mark.parametrize("precision", ["float16", "int8"])
+def test_reduced_files_have_only_operators_that_tensorrt_lists(
+    files: dict[str, Path], precision: str, check_operators: Callable[[Path], None]
+) -> None:
+    check_operators(files[precision])
 
 
 def test_int8_is_quantised_as_tensorrt_takes_it(files: dict[str, Path]) -> None:
