@@ -186,9 +186,10 @@ def _contrast(setup: Setup, tokens: Tensor, text: Tensor, state: State, plan: bo
     patches = tokens[:, 1:].to(text.dtype)
     cosine = (patches @ text.flatten(0, 1).T).reshape(*patches.shape[:2], *text.shape[:2])
     weight = torch.softmax(cosine * (setup.logit_scale / setup.pooling.tau), dim=1)
-    pooled = (weight * cosine).sum(1)
+    # Split: the gradient of a slice would be a scatter, which fewer runtimes take than a concatenation.
+    positive, negative = (weight * cosine).sum(1).split(1, dim=1)
     found = weight[:, None, :, 0].detach() / text.shape[1] if plan else None
-    return Scores(pooled[:, :1] - pooled[:, 1:], _even(text, tokens.shape[0], 1), found)
+    return Scores(positive - negative, _even(text, tokens.shape[0], 1), found)
 
 
 def _even(text: Tensor, images: int, count: int) -> Tensor:
