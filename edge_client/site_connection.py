@@ -51,26 +51,32 @@ def open_site_connection(
     connection = Connection(address, client, subscriptions=inbox.subscriptions, will=(topic, offline))
     done = threading.Event()
 
-    def listen() -> None:
+    def read() -> None:
         connected, said = False, -PRESENCE_SECONDS
         while not done.is_set():
-            try:
-                event = connection.receive(timeout=LOOK_SECONDS)
-                if isinstance(event, (Connected, Disconnected)):
-                    connected, said = isinstance(event, Connected), -PRESENCE_SECONDS
-                if connected and time.monotonic() - said >= PRESENCE_SECONDS:
-                    connection.publish(topic, online, retain=True)
-                    said = time.monotonic()
-                if isinstance(event, Connected):
-                    report("connected", {"broker": address.url, "mqtt": event.protocol})
-            except FedmptError as error:
-                inbox.fail(error)
-                return
-            if isinstance(event, Disconnected):
+            event = connection.receive(timeout=LOOK_SECONDS)
+            if isinstance(event, (Connected, Disconnected)):
+                connected, said = isinstance(event, Connected), -PRESENCE_SECONDS
+            if connected and time.monotonic() - said >= PRESENCE_SECONDS:
+                connection.publish(topic, online, retain=True)
+                said = time.monotonic()
+            if isinstance(event, Connected):
+                report("connected", {"broker": address.url, "mqtt": event.protocol})
+            elif isinstance(event, Disconnected):
                 report("disconnected", {"broker": address.url, "reason": event.reason})
             elif isinstance(event, Message):
                 inbox.take(event.topic, event.payload)
                 connection.acknowledge(event)
+
+    def listen() -> None:
+        try:
+            read()
+        except FedmptError as error:
+            inbox.fail(error)
+        except Exception as error:
+            # Whoever waits for the inbox would wait for ever.
+            logger.exception("reading from %s failed", address.url)
+            inbox.fail(FedmptError(f"what broker {address.url} sent could not be handled ({error!r})"))
 
     with connection:
         if not connection.connect(CONNECT_SECONDS, stop):
