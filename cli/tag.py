@@ -319,8 +319,8 @@ def _report(count: int, failed: list[FedmptError], skipped: Counter[str]) -> Non
 
 def _stdin_names() -> list[str]:
     data = sys.stdin.buffer.read()
-    separator = b"\0" if b"\0" in data else b"\n"
-    return [os.fsdecode(name) for name in data.split(separator) if name]
+    names = data.split(b"\0") if b"\0" in data else data.splitlines()
+    return [os.fsdecode(name) for name in names if name]
 
 
 def _positive(text: str) -> int:

@@ -5,13 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
-from pathlib import Path
 
-from fedmpt.edge_client.heatmaps import overlay
-from fedmpt.edge_client.images import load_pixels
 from fedmpt.edge_client.tagging import Tagged
-from fedmpt.protocol.files import atomic_path
 
 CSV_HEADER = b"path,label,probability\n"
 
@@ -31,19 +26,3 @@ def csv_rows(result: Tagged) -> bytes:
     rows = [(label, f"{probability:.6f}") for label, probability in result.tags]
     writer.writerows((result.path, *row) for row in rows or [("", "")])
     return text.getvalue().encode("utf-8", "surrogateescape")
-
-
-def write_explanations(folder: Path, result: Tagged, size: int) -> None:
-    """Write ``<folder>/<path of the photo>.<label>.png``, ``size`` pixels square, for every label found.
-
-    Raises:
-        PhotoError: the photo has gone since it was tagged.
-    """
-    if not result.heatmaps:
-        return
-    pixels = load_pixels(result.path, size)  # the model's own input is too coarse to look at
-    parts = [part for part in result.path.parts if part not in (result.path.anchor, "..")]
-    for label, heatmap in result.heatmaps.items():
-        slug = re.sub(r"[^\w.-]+", "_", label)
-        with atomic_path(folder.joinpath(*parts[:-1], f"{parts[-1]}.{slug}.png")) as temporary:
-            overlay(pixels, heatmap).save(temporary, "PNG")
