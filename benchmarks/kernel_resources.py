@@ -183,11 +183,12 @@ def compile_build(build: Build) -> Resources:
     return Resources(build, compiled.metadata.shared, int(registers[1]), sum(map(int, spills)))
 
 
-def sources_digest() -> str:
-    """Names the kernels' code, comments aside: a record tells which code it was made of."""
-    modules = (blocks, backward, forward, tiles, loss)
-    code = "\n".join(ast.unparse(ast.parse(inspect.getsource(module))) for module in modules)
-    return hashlib.sha256(code.encode()).hexdigest()[:12]
+def code_digest(dtypes: Iterable[str]) -> str:
+    """Names what is compiled for these dtypes: the kernels' code, comments aside, and all configurations."""
+    modules = (blocks, backward, forward, loss)
+    code = [ast.unparse(ast.parse(inspect.getsource(module))) for module in modules]
+    configurations = map(str, builds(dtypes, POOLING_CODES, [False, True]))
+    return hashlib.sha256("\n".join((*code, *configurations)).encode()).hexdigest()[:12]
 
 
 def describe(result: Resources) -> str:
@@ -256,7 +257,7 @@ def main(arguments: list[str] | None = None) -> int:
         verdict = (
             f"{len(results)} configurations compiled for tokens in {', '.join(options.dtype)}; "
             f"{len(unfit)} do not fit their chip or spill registers. Widths, ranks and strides are multiples of 16. "
-            f"Code {sources_digest()}."
+            f"Code {code_digest(options.dtype)}."
         )
         path = append_record("kernel_resources", rows, notes=verdict)
         print(f"{verdict} Recorded in {path}.")

@@ -187,7 +187,7 @@ def _contrast(setup: Setup, tokens: Tensor, text: Tensor, state: State, plan: bo
     cosine = (patches @ text.flatten(0, 1).T).reshape(*patches.shape[:2], *text.shape[:2])
     weight = torch.softmax(cosine * (setup.logit_scale / setup.pooling.tau), dim=1)
     # Split: the gradient of a slice would be a scatter, which fewer runtimes take than a concatenation.
-    positive, negative = (weight * cosine).sum(1).split(1, dim=1)
+    positive, negative = torch.split((weight * cosine).sum(1), 1, dim=1)
     found = weight[:, None, :, 0].detach() / text.shape[1] if plan else None
     return Scores(positive - negative, _even(text, tokens.shape[0], 1), found)
 

@@ -63,7 +63,7 @@ the width, rank and strides are multiples of 16, as CLIP's are; others do, and s
 
 BLOCKED = {
     2: (Tile(256, 32, 32, 8, 2), Tile(1024, 8, 16, 16, 1)),
-    4: (Tile(256, 16, 16, 16, 2), Tile(512, 8, 16, 16, 1)),
+    4: (Tile(256, 16, 16, 8, 2), Tile(512, 8, 16, 16, 1)),
 }
 """The second path, by M: blocks of labels, for planes that fit none of the above."""
 
