@@ -94,7 +94,9 @@ def test_a_terminal_that_closes_during_the_rounds_leaves_no_process_and_only_log
     out = tmp_path / "out"
     code = "import sys; from fedmpt.cli import main; sys.exit(main())"
     demo = subprocess.Popen(
-        [sys.executable, "-c", code, "demo", "--out", str(out)], stderr=subprocess.DEVNULL
+        [sys.executable, "-c", code, "demo", "--out", str(out)],
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # under nohup it would stay ignored
     )
     try:
         while not (out / "aggregator" / "history.jsonl").exists():

@@ -64,9 +64,17 @@ def test_a_finished_child_leaves_its_output(tmp_path: Path) -> None:
     assert child.output.read_text().startswith("fedmpt ")
 
 
+def heed_signals() -> None:
+    """As in a terminal: under nohup, or in the background of a script, these would stay ignored."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start(*command: str) -> tuple[subprocess.Popen[str], int]:
     """A process that started a child of its own, and the child's process number."""
-    parent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    parent = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, preexec_fn=heed_signals
+    )
     assert parent.stdout is not None
     pid = int(parent.stdout.readline())
     parent.stdout.close()
