@@ -72,7 +72,7 @@ def main() -> None:
     )
     parser.add_argument("--clients", type=int, nargs="+", default=[50, 200, 1000], help="%(default)s")
     parser.add_argument("--fraction", type=float, default=0.05, help="chosen in each round (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=4, help="calibration included (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=4, help="after the calibration (%(default)s)")
     parser.add_argument("--scenes", type=int, default=500, help="drawn in each repetition (%(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="%(default)s")
     parser.add_argument("--here", action="store_true", help="measure the one size in this process")
