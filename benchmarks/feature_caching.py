@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 from clip_shapes import VISION_PRODUCTS, encoder_flops, random_clip
 from PIL import Image
 from record import Row, append_record, machine_floor, print_rows
@@ -65,6 +64,8 @@ def measure(
     bundle: Path, photos: Sequence[LabelledPhoto], size: str, out: Path, repeats: int, best_rate: float
 ) -> list[Row]:
     """Photos per second of all three, in turn; ``best_rate`` is what the machine's products would allow."""
+    import onnxruntime  # after our package, which turns its telemetry off
+
     cores = len(os.sched_getaffinity(0))
     model = str(bundle / "image_encoder.onnx")
     shared = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])

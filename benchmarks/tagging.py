@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
 import transformers
 from clip_shapes import VISION_PRODUCTS, encoder_flops, random_clip
@@ -180,6 +179,8 @@ def open_head(bundle: Path) -> tuple[Any, dict[str, np.ndarray]]:
 
 def open_session(path: Path) -> Any:
     """ONNX Runtime with its defaults."""
+    import onnxruntime  # after our package, which turns its telemetry off
+
     return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
 
