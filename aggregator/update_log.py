@@ -1,4 +1,4 @@
-"""The updates of the open round: one append-only file, a record an update, one write and one fsync a commit.
+"""The updates of the open round: one append-only file, a record an update, one write and one sync a commit.
 
 An update is a blob that is written once, read once and dropped with its round. Appending it costs a fraction of
 what a database takes to keep it in pages (written to its log, then copied into its file). A record is its
@@ -20,7 +20,9 @@ import logging
 import os
 import shutil
 import struct
+import threading
 import zlib
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -32,6 +34,8 @@ logger = logging.getLogger(__name__)
 _MAGIC = b"FMU1"
 _HEAD = struct.Struct("<4sIIB32s")
 _CHECK = struct.Struct("<I")
+_PIECES = 1024  # that POSIX systems take in one write (IOV_MAX)
+_PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class _Head(NamedTuple):
@@ -47,15 +51,19 @@ class _Head(NamedTuple):
 class UpdateLog:
     """The log at ``path``, continued from what ``round_number`` has in it; ``path`` None keeps it in memory.
 
-    Raises OSError wherever the file cannot be read or written.
+    ``commit`` may run in another thread than all the rest, at the same time. Raises OSError wherever the file
+    cannot be read or written.
     """
 
     def __init__(self, path: Path | None, round_number: int) -> None:
         self._durable = path is not None
         self._round = round_number
         self._places: dict[str, tuple[int, int]] = {}  # client → (offset, bytes) of the payload
-        self._waiting: list[bytes] = []
-        self._end = 0
+        self._added: deque[bytes] = deque()
+        self._end = 0  # with what was added
+        self._committing = threading.Lock()
+        self._uncommitted: list[bytes] = []  # taken from what was added, and kept where writing failed
+        self._committed = 0  # the end of what is durable
         if path is None:
             self._file: BinaryIO = io.BytesIO()
             return
@@ -65,27 +73,25 @@ class UpdateLog:
         # Unbuffered: a commit is one write, and what is read back is read once.
         self._file = path.open("r+b", buffering=0)
         self._recover(path)
+        self._committed = self._end
 
     def add(self, client: str, payload: bytes, sha256: bytes) -> None:
         """Take an update with the digest of its payload; durable after ``commit``."""
         name = client.encode()
         head = _HEAD.pack(_MAGIC, self._round, len(payload), len(name), sha256) + name
         head += _CHECK.pack(zlib.crc32(head))
-        self._waiting += (head, payload)
+        self._added.extend((head, payload))
         self._places[client] = (self._end + len(head), len(payload))
         self._end += len(head) + len(payload)
 
     def commit(self) -> None:
-        """Make all updates that were added durable."""
-        if not self._waiting:
-            return
-        data = memoryview(b"".join(self._waiting))
-        self._file.seek(self._end - len(data))
-        while data:
-            data = data[self._file.write(data) :]
-        if self._durable:
-            os.fdatasync(self._file.fileno())
-        self._waiting.clear()
+        """Make all updates durable that were added before this was called."""
+        with self._committing:
+            while self._added:
+                self._uncommitted.append(self._added.popleft())
+            if self._uncommitted:
+                self._committed = self._append(self._uncommitted, self._committed)
+                self._uncommitted.clear()
 
     def drop(self, client: str) -> None:
         """Leave out a client's update; its record stays in the file until the round ends."""
@@ -103,14 +109,40 @@ class UpdateLog:
 
     def start_round(self, round_number: int) -> None:
         """Drop everything: from now on, records are those of ``round_number``."""
-        self._file.truncate(0)
-        self._round, self._end = round_number, 0
-        self._places.clear()
-        self._waiting.clear()
+        with self._committing:
+            self._file.truncate(0)
+            self._round, self._end, self._committed = round_number, 0, 0
+            self._places.clear()
+            self._added.clear()
+            self._uncommitted.clear()
 
     def close(self) -> None:
         """Close the file; what is not committed is lost."""
         self._file.close()
+
+    def _append(self, pieces: list[bytes], start: int) -> int:
+        """Write at ``start``, durably where there is a file; where it ends."""
+        if not self._durable:
+            self._file.seek(start)
+            self._file.writelines(pieces)
+            return self._file.tell()
+        descriptor, end = self._file.fileno(), start
+        for first in range(0, len(pieces), _PIECES):
+            some = pieces[first : first + _PIECES]
+            written = os.pwritev(descriptor, some, end)
+            if written < sum(map(len, some)):
+                rest = memoryview(b"".join(some))[written:]
+                while rest:
+                    count = os.pwrite(descriptor, rest, end + written)
+                    rest, written = rest[count:], written + count
+            end += written
+        os.fdatasync(descriptor)
+        if hasattr(os, "posix_fadvise"):
+            # Read once, at the round's end. Kept until then, a large round would fill the system's cache, and each
+            # page would be one that nobody has used for long: these are used again for the next commit.
+            first_page = start // _PAGE * _PAGE
+            os.posix_fadvise(descriptor, first_page, end - first_page, os.POSIX_FADV_DONTNEED)
+        return end
 
     def _recover(self, path: Path) -> None:
         """Read what the file has; see the module's text for what becomes of damage."""
