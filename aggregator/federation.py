@@ -169,15 +169,9 @@ class Federation:
             return self._refuse(client, number, update, result.check, result.reason)
         self._store.add_update(client, payload, sha256.digest())
         self._received.add(client)
-        logger.debug(
-            "update accepted",
-            extra={
-                "client": client,
-                "round": number,
-                "bytes": len(payload),
-                "samples": result.update.samples,
-            },
-        )
+        if logger.isEnabledFor(logging.DEBUG):
+            about = {"client": client, "round": number, "bytes": len(payload)}
+            logger.debug("update accepted", extra=about | {"samples": result.update.samples})
         return self._receipt(client, number, update, "accepted", "", "")
 
     def commit(self) -> None:

@@ -244,8 +244,10 @@ class Connection:
 
     def check_size(self, topic: str, payload_bytes: int) -> None:
         """Raise PayloadTooLarge if the broker would not take such a message; names both sizes."""
+        if self.maximum_packet_size is None:
+            return
         size = payload_bytes + len(topic.encode()) + _HEADER_BYTES
-        if self.maximum_packet_size is not None and size > self.maximum_packet_size:
+        if size > self.maximum_packet_size:
             raise PayloadTooLarge(
                 f"{topic}: a message of {size} bytes, but the broker takes at most {self.maximum_packet_size}; "
                 "raise its maximum packet size (mosquitto: max_packet_size), or use a smaller update encoding"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from fedmpt.protocol.errors import FedmptError
 
@@ -28,8 +29,7 @@ class SubscribeRefused(FedmptError):
     """The broker refused a subscription."""
 
 
-@dataclass(frozen=True)
-class Message:
+class Message(NamedTuple):
     """One received publication; hand it to ``Connection.acknowledge`` once its effect is durable."""
 
     topic: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from fedmpt.protocol.events import Delivery
 from fedmpt.protocol.wire import encode_publish
@@ -11,8 +11,7 @@ from fedmpt.protocol.wire import encode_publish
 _LAST_PACKET = 65535
 
 
-@dataclass(frozen=True)
-class _Publication:
+class _Publication(NamedTuple):
     topic: bytes
     payload: bytes
     retain: bool

@@ -11,18 +11,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
-from fedmpt.protocol.codec import (
-    MAXIMUM_HEADER_BYTES,
-    CodecError,
-    UpdateHeader,
-    check_update_header,
-    update_container,
-)
+from fedmpt.protocol.codec import MAXIMUM_HEADER_BYTES, MAXIMUM_METRIC, MAXIMUM_METRICS, update_container
 from fedmpt.protocol.manifest import TensorSpec, canonical_json
 from fedmpt.protocol.messages import ENCODINGS, VERSION
+from fedmpt.protocol.topics import MAXIMUM_ROUND, NAME
 
 # Unsigned words of a stored number, all bits but the sign's, and how the largest of them is read.
 _WORDS = {
@@ -31,25 +27,36 @@ _WORDS = {
 }
 _LARGEST_INT8 = 128.0
 _LARGEST_SCALE = float(np.finfo(np.float32).max)
-# What JSON in the canonical form writes. An integer has so few digits that any is within its field's type.
-_NAME, _DIGEST, _INTEGER = rb"[A-Za-z0-9._-]{1,64}", rb"[0-9a-f]{64}", rb"(?:0|[1-9][0-9]{0,14})"
+# What JSON in the canonical form writes, each a part of what its reader takes.
+_DIGEST, _INTEGER = rb"[0-9a-f]{64}", rb"(?:0|[1-9][0-9]{0,14})"
 _NUMBER = rb"-?(?:0|[1-9][0-9]{0,19})(?:\.[0-9]{1,30})?(?:[eE][-+]?[0-9]{1,4})?"
 _QUOTE = rb'\\"'  # of the header, which is a string in the container's JSON
 _METRIC = (_QUOTE, rb"[ !#-\[\]-~]{1,64}", _QUOTE + b":", _NUMBER)
 _READ_METRIC = re.compile(b"%b(%b)%b(%b)" % _METRIC)
 
 
+class Seen(NamedTuple):
+    """What the header of a sound update says, but for how its tensors are encoded."""
+
+    base: str
+    client: str
+    federation: str
+    metrics: Mapping[str, float]
+    round: int
+    samples: int
+    validation_samples: int
+
+
 class Screen:
     """For updates with exactly the tensors of ``specs``, of at most ``limit`` bytes and the L2 norm ``norm``."""
 
     def __init__(self, specs: Mapping[str, TensorSpec], limit: int, norm: float) -> None:
-        self._names = sorted(specs)
         self._limit = limit
         self._norm = norm
         self._written = [(encoding, *_written(specs, encoding)) for encoding in ENCODINGS]
 
-    def header(self, payload: bytes) -> UpdateHeader | None:
-        """The header of an update that ``decode_update`` takes and whose norm is small enough.
+    def look(self, payload: bytes) -> Seen | None:
+        """What an update says that ``decode_update`` takes and whose norm is small enough.
 
         None where that cannot be told so quickly: decode it.
         """
@@ -60,40 +67,46 @@ class Screen:
             return None
         for encoding, pattern, size in self._written:
             if len(payload) - start == size and (match := pattern.fullmatch(payload, 8, start)):
-                header = self._read(match, encoding)
-                return header if header and self._sound(header, payload, start) else None
+                base, client, federation, metrics, number, samples, *scales, validation_samples = (
+                    match.groups()
+                )
+                if not self._sound(payload, start, encoding, [float(scale) for scale in scales]):
+                    return None
+                seen = Seen(
+                    base.decode(),
+                    client.decode(),
+                    federation.decode(),
+                    {name.decode(): float(value) for name, value in _READ_METRIC.findall(metrics)},
+                    int(number),
+                    int(samples),
+                    int(validation_samples),
+                )
+                return seen if _bounded(seen) else None
         return None
 
-    def _read(self, match: re.Match[bytes], encoding: str) -> UpdateHeader | None:
-        base, client, federation, metrics, number, samples, *scales, validation_samples = match.groups()
-        header = UpdateHeader(
-            federation=federation.decode(),
-            round=int(number),
-            client=client.decode(),
-            base=base.decode(),
-            samples=int(samples),
-            validation_samples=int(validation_samples),
-            metrics={name.decode(): float(value) for name, value in _READ_METRIC.findall(metrics)},
-            encoding=encoding,
-            scales=dict(zip(self._names, map(float, scales), strict=False)),
-        )
-        try:
-            check_update_header(header, self._names, "update")
-        except CodecError:
-            return None
-        return header
-
-    def _sound(self, header: UpdateHeader, payload: bytes, start: int) -> bool:
-        scale = max(header.scales.values(), default=1.0)
-        bound = _largest(payload, start, header.encoding) * scale * math.sqrt(len(payload) - start)
+    def _sound(self, payload: bytes, start: int, encoding: str, scales: list[float]) -> bool:
+        if not scales:
+            smallest = largest = 1.0
+        else:
+            smallest, largest = min(scales), max(scales)
+        bound = _largest(payload, start, encoding) * largest * math.sqrt(len(payload) - start)
         # A scale beyond float32 would make infinities of zeros.
-        return scale <= _LARGEST_SCALE and bound <= self._norm
+        return 0 < smallest and largest <= _LARGEST_SCALE and bound <= self._norm
+
+
+def _bounded(seen: Seen) -> bool:
+    """Whether the pattern's numbers are within their bounds."""
+    return (
+        seen.round <= MAXIMUM_ROUND
+        and len(seen.metrics) <= MAXIMUM_METRICS
+        and all(abs(value) <= MAXIMUM_METRIC for value in seen.metrics.values())
+    )
 
 
 def _written(specs: Mapping[str, TensorSpec], encoding: str) -> tuple[re.Pattern[bytes], int]:
     """A pattern of the text of an update as ``encode_update`` writes it, and the bytes of its tensors.
 
-    Its groups are the header's fields in their order, but for encoding and version; each scale is one.
+    Its groups are what the header's fields hold, in their order, but for encoding and version; each scale is one.
     """
     before, after, size = update_container(specs, encoding)
     names = [] if encoding == "float32" else sorted(specs)
@@ -101,9 +114,9 @@ def _written(specs: Mapping[str, TensorSpec], encoding: str) -> tuple[re.Pattern
     metric = b"".join(_METRIC)
     fields = {
         "base": _string(_DIGEST),
-        "client": _string(_NAME),
+        "client": _string(NAME.encode()),
         "encoding": _escaped(encoding),
-        "federation": _string(_NAME),
+        "federation": _string(NAME.encode()),
         "metrics": rb"\{((?:" + metric + rb"(?:," + metric + rb")*)?)\}",
         "round": rb"(" + _INTEGER + rb")",
         "samples": rb"(" + _INTEGER + rb")",
