@@ -1,4 +1,4 @@
-"""The updates of the open round: one append-only file, a record an update, one write and one sync a commit.
+"""The updates of the open round: one append-only file, a record an update, one write and one fsync a commit.
 
 An update is a blob that is written once, read once and dropped with its round. Appending it costs a fraction of
 what a database takes to keep it in pages (written to its log, then copied into its file). A record is its
@@ -6,7 +6,7 @@ head, the client's name, the CRC-32 of both, and the payload:
 
 ``magic``, ``round``, payload bytes, name bytes, SHA-256 of the payload.
 
-On opening, a record that the file's end cuts off was never committed, and records of an earlier round belong to one
+On opening, zeros after the last record only fill its block; a record that the file's end cuts off was never committed, and records of an earlier round belong to one
 that has closed: both are dropped. Where a payload is damaged, its record is left out and reading goes on behind it.
 Where a head is damaged, nobody knows where the next record begins: all from there on is moved to
 ``updates.log.damaged``, for people. Clients whose updates are lost so send them again when the round is announced.
@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from fedmpt.aggregator.direct_file import BLOCK, DirectFile
 from fedmpt.protocol.files import sync_path
 
 logger = logging.getLogger(__name__)
@@ -34,8 +35,6 @@ logger = logging.getLogger(__name__)
 _MAGIC = b"FMU1"
 _HEAD = struct.Struct("<4sIIB32s")
 _CHECK = struct.Struct("<I")
-_PIECES = 1024  # that POSIX systems take in one write (IOV_MAX)
-_PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class _Head(NamedTuple):
@@ -56,24 +55,22 @@ class UpdateLog:
     """
 
     def __init__(self, path: Path | None, round_number: int) -> None:
-        self._durable = path is not None
         self._round = round_number
         self._places: dict[str, tuple[int, int]] = {}  # client → (offset, bytes) of the payload
         self._added: deque[bytes] = deque()
-        self._end = 0  # with what was added
+        self._end = 0
         self._committing = threading.Lock()
-        self._uncommitted: list[bytes] = []  # taken from what was added, and kept where writing failed
-        self._committed = 0  # the end of what is durable
+        self._failure: OSError | None = None
+        self._disk: DirectFile | None = None
         if path is None:
             self._file: BinaryIO = io.BytesIO()
             return
         if not path.exists():
             path.touch()
             sync_path(path.parent)
-        # Unbuffered: a commit is one write, and what is read back is read once.
-        self._file = path.open("r+b", buffering=0)
+        self._file = path.open("r+b", buffering=0)  # what is read back is read once
         self._recover(path)
-        self._committed = self._end
+        self._disk = DirectFile(path, self._end)
 
     def add(self, client: str, payload: bytes, sha256: bytes) -> None:
         """Take an update with the digest of its payload; durable after ``commit``."""
@@ -85,13 +82,18 @@ class UpdateLog:
         self._end += len(head) + len(payload)
 
     def commit(self) -> None:
-        """Make all updates durable that were added before this was called."""
+        """Make all updates durable that were added before this was called.
+
+        Once that has failed nobody knows what the disk has, and it fails ever after; whoever opens it anew, reads it.
+        """
         with self._committing:
-            while self._added:
-                self._uncommitted.append(self._added.popleft())
-            if self._uncommitted:
-                self._committed = self._append(self._uncommitted, self._committed)
-                self._uncommitted.clear()
+            if self._failure:
+                raise self._failure
+            try:
+                self._append_added()
+            except OSError as error:
+                self._failure = error
+                raise
 
     def drop(self, client: str) -> None:
         """Leave out a client's update; its record stays in the file until the round ends."""
@@ -110,39 +112,32 @@ class UpdateLog:
     def start_round(self, round_number: int) -> None:
         """Drop everything: from now on, records are those of ``round_number``."""
         with self._committing:
-            self._file.truncate(0)
-            self._round, self._end, self._committed = round_number, 0, 0
+            if self._disk:
+                self._disk.restart()
+            else:
+                self._file.truncate(0)
+            self._round, self._end = round_number, 0
             self._places.clear()
             self._added.clear()
-            self._uncommitted.clear()
 
     def close(self) -> None:
         """Close the file; what is not committed is lost."""
         self._file.close()
+        if self._disk and self._failure:
+            self._disk.abandon()
+        elif self._disk:
+            self._disk.close()
 
-    def _append(self, pieces: list[bytes], start: int) -> int:
-        """Write at ``start``, durably where there is a file; where it ends."""
-        if not self._durable:
-            self._file.seek(start)
-            self._file.writelines(pieces)
-            return self._file.tell()
-        descriptor, end = self._file.fileno(), start
-        for first in range(0, len(pieces), _PIECES):
-            some = pieces[first : first + _PIECES]
-            written = os.pwritev(descriptor, some, end)
-            if written < sum(map(len, some)):
-                rest = memoryview(b"".join(some))[written:]
-                while rest:
-                    count = os.pwrite(descriptor, rest, end + written)
-                    rest, written = rest[count:], written + count
-            end += written
-        os.fdatasync(descriptor)
-        if hasattr(os, "posix_fadvise"):
-            # Read once, at the round's end. Kept until then, a large round would fill the system's cache, and each
-            # page would be one that nobody has used for long: these are used again for the next commit.
-            first_page = start // _PAGE * _PAGE
-            os.posix_fadvise(descriptor, first_page, end - first_page, os.POSIX_FADV_DONTNEED)
-        return end
+    def _append_added(self) -> None:
+        if not self._added:
+            return
+        target = self._disk or self._file
+        if not self._disk:
+            self._file.seek(0, os.SEEK_END)
+        while self._added:
+            target.write(self._added.popleft())
+        if self._disk:
+            self._disk.sync()
 
     def _recover(self, path: Path) -> None:
         """Read what the file has; see the module's text for what becomes of damage."""
@@ -167,14 +162,16 @@ class UpdateLog:
                     extra={"file": str(path), "client": head.client, "bytes": head.end - head.payload},
                 )
             self._end = head.end
-        if keep:
+        if self._is_padding(size):
+            pass
+        elif keep:
             kept = path.with_name(f"{path.name}.damaged")
             self._copy_rest(kept)
             logger.error(
                 "stored updates are damaged and cut off; their clients send them again",
                 extra={"file": str(path), "bytes": size - self._end, "kept": str(kept)},
             )
-        elif size > self._end:
+        else:
             logger.info("updates cut off", extra={"file": str(path), "bytes": size - self._end})
         self._file.truncate(self._end)
 
@@ -192,6 +189,10 @@ class UpdateLog:
             raise ValueError("damaged head")
         payload = start + _HEAD.size + len(rest)
         return _Head(number, name.decode(), sha256, payload, payload + length)
+
+    def _is_padding(self, size: int) -> bool:
+        """Whether nothing but the filling of the last block is left."""
+        return size - self._end < BLOCK and not any(self._read(self._end, size - self._end))
 
     def _copy_rest(self, target: Path) -> None:
         """Append everything from the end of the sound records to ``target``, durably."""
