@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 BLOCK = 4096  # what offsets, sizes and addresses must be multiples of
@@ -37,21 +38,17 @@ class DirectFile:
             file.seek(self._offset)
             self._gathered[: self._size] = file.read(self._size)
 
-    def write(self, data: bytes) -> None:
-        """Append; durable after ``sync``."""
-        rest = memoryview(data)
-        while rest:
-            count = min(len(rest), GATHERED_BYTES - self._size)
-            self._gathered[self._size : self._size + count] = rest[:count]
-            self._size += count
-            rest = rest[count:]
-            if self._size == GATHERED_BYTES:
+    def append(self, pieces: Iterable[bytes]) -> None:
+        """Append all, durably."""
+        for piece in pieces:
+            while len(piece) >= GATHERED_BYTES - self._size:
+                room = GATHERED_BYTES - self._size
+                self._gathered[self._size :], piece = piece[:room], piece[room:]
+                self._size = GATHERED_BYTES
                 self._flush()
-
-    def sync(self) -> None:
-        """Make all that was appended durable."""
-        if self._size % BLOCK:
-            self._flush()
+            self._gathered[self._size : self._size + len(piece)] = piece
+            self._size += len(piece)
+        self._flush()
         os.fdatasync(self._descriptor)
 
     def restart(self) -> None:

@@ -10,9 +10,9 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from fedmpt.aggregator.admission import AdmissionContext, Refused, admit
+from fedmpt.aggregator.admission import AdmissionContext, Admitted, Refused, admit
 from fedmpt.aggregator.privacy import epsilon, privatise
 from fedmpt.aggregator.rounds import (
     first_round,
@@ -59,6 +59,15 @@ class Outgoing:
     topic: str
     payload: bytes
     retain: bool = True
+
+
+class Examined(NamedTuple):
+    """What can be said of an update by itself: its digest, and whether it may count in a round."""
+
+    client: str
+    context: AdmissionContext
+    sha256: hashlib._Hash
+    result: Admitted | Refused
 
 
 class Federation:
@@ -149,14 +158,30 @@ class Federation:
         self._present.clear()
         self._repeats.clear()
 
-    def receive(self, number: int, client: str, payload: bytes) -> Receipt | None:
+    def examine(self, topic: str, payload: bytes) -> Examined | None:
+        """The costly part of ``receive``, which changes nothing and may run in another thread, ahead of it.
+
+        None for what is no update that is waited for.
+        """
+        place, context = self.topics.round_and_client_of_update(topic), self._admission
+        if place is None:
+            return None
+        number, client = place
+        if number != context.round or client in self._received or self._muted(client):
+            return None
+        return Examined(client, context, hashlib.sha256(payload), admit(payload, client, context))
+
+    def receive(
+        self, number: int, client: str, payload: bytes, examined: Examined | None = None
+    ) -> Receipt | None:
         """Take an update from the topic of (round ``number``, ``client``); None if the client is muted.
 
         An accepted update is durable only after ``commit``; send its receipt and acknowledgement then.
+        ``examined`` is what ``examine`` found earlier, if it was asked.
         """
         if self._muted(client):
             return None
-        sha256 = hashlib.sha256(payload)
+        sha256 = examined.sha256 if examined else hashlib.sha256(payload)
         update = sha256.hexdigest()
         if number != self.round.number or self.round.opened is None:
             return self._repeat(
@@ -164,7 +189,10 @@ class Federation:
             )
         if client in self._received:
             return self._repeat(client, number, update, "duplicate", "", "this round has the client's update")
-        result = admit(payload, client, self._admission)
+        if examined and examined.context is self._admission:
+            result = examined.result
+        else:
+            result = admit(payload, client, self._admission)
         if isinstance(result, Refused):
             return self._refuse(client, number, update, result.check, result.reason)
         self._store.add_update(client, payload, sha256.digest())

@@ -7,8 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from fedmpt.aggregator.federation import Federation, Outgoing
 from fedmpt.protocol.address import BrokerAddress
@@ -27,7 +26,10 @@ from fedmpt.protocol.messages import Receipt, Status, receipt_to_json, to_json
 
 logger = logging.getLogger(__name__)
 
-BATCH = 64  # messages that share one commit at most
+BATCH = 100  # messages that share one commit at most
+# A commit costs as much as checking several updates, so while many come, it waits for more of them.
+BUSY_BATCH = 8
+GATHER_SECONDS = 0.002
 # Of updates of full size that the broker may send ahead of our acknowledgements. Larger packets can come (to be
 # refused with a receipt), and the round's own message is larger; what waits of all is bounded by the connection.
 WINDOW_BYTES = 32 << 20
@@ -63,6 +65,7 @@ def connect(
         will=(topics.status, to_json(_cut(federation.status(time.time(), online=False)))),
         maximum_packet_size=max(1 << 20, 4 * limit),
         receive_window=max(WINDOW_LEAST, min(IN_FLIGHT, WINDOW_BYTES // limit)),
+        examine=federation.examine,
     )
     try:
         connection.connect(timeout, stop)
@@ -88,18 +91,16 @@ def serve(
     ``linger`` is how many seconds to stay for clients that are still online after the last round; an embedded
     broker must not vanish before they have read the result.
     """
-    committer = ThreadPoolExecutor(1, "committer")
-    loop = _Loop(federation, connection, on_status, committer)
+    loop = _Loop(federation, connection, on_status)
     leave_at: float | None = None
     try:
-        with committer:
-            while not stop.is_set():
-                loop.step()
-                if federation.finished:
-                    leave_at = leave_at or time.monotonic() + linger
-                    if time.monotonic() >= leave_at or not federation.present():
-                        break
-            loop.finish_commit()
+        while not stop.is_set():
+            loop.step()
+            if federation.finished:
+                leave_at = leave_at or time.monotonic() + linger
+                if time.monotonic() >= leave_at or not federation.present():
+                    break
+        federation.commit()
     except BaseException:
         with contextlib.suppress(FedmptError):
             loop.farewell(HASTY_FAREWELL_SECONDS)
@@ -123,32 +124,17 @@ def _update_size(federation: Federation) -> int:
     return len(encode_update(nothing, federation.settings.encoding))
 
 
-@dataclass(frozen=True)
-class _Commit:
-    """Messages whose effect is being made durable, and the answers that are sent once it is."""
-
-    done: Future[None]
-    messages: list[Message]
-    receipts: list[Receipt]
-
-
 class _Loop:
     """What one pass after another shares: whether we are connected, what is on its way, what was last said."""
 
     def __init__(
-        self,
-        federation: Federation,
-        connection: Connection,
-        on_status: Callable[[Status], None],
-        committer: Executor,
+        self, federation: Federation, connection: Connection, on_status: Callable[[Status], None]
     ) -> None:
         self._federation = federation
         self._connection = connection
         self._on_status = on_status
-        self._committer = committer
-        self._commit: _Commit | None = None  # that runs while the next messages are handled
+        self._busy = False  # many messages came last time
         self._judge_from = float("inf")  # inf while there is no connection
-        self._judged = 0.0
         self._said = 0.0
         self._last: Status | None = None
         self._waiting = ""
@@ -156,8 +142,10 @@ class _Loop:
         self._deliveries: list[Delivery] = []
 
     def step(self) -> None:
-        """Handle a batch of messages while the one before becomes durable, and let the rounds go on."""
-        events = self._connection.receive_many(BATCH, 0 if self._commit else TICK_SECONDS)
+        """Wait for messages, take a batch of them, commit, acknowledge, and let the rounds go on."""
+        gather = GATHER_SECONDS if self._busy else 0.0
+        events = self._connection.receive_many(BATCH, TICK_SECONDS, gather)
+        self._busy = len(events) >= BUSY_BATCH
         messages: list[Message] = []
         receipts: list[Receipt] = []
         for event in events:
@@ -174,24 +162,12 @@ class _Loop:
             elif isinstance(event, Disconnected):
                 logger.warning("disconnected", extra={"reason": event.reason})
                 self._judge_from = float("inf")
-        self.finish_commit()
-        if messages:
-            self._commit = _Commit(self._committer.submit(self._federation.commit), messages, receipts)
-        # No round ends before its updates are answered, and under a steady load now and then one may.
-        now = time.monotonic()
-        if now >= self._judge_from and (self._commit is None or now >= self._judged + TICK_SECONDS):
-            self.finish_commit()
-            self._judged = now
+        self._federation.commit()
+        self._connection.acknowledge_all(messages)
+        self._answer(receipts)
+        if time.monotonic() >= self._judge_from:
             self._publish(self._federation.tick(time.time()))
         self._say_status()
-
-    def finish_commit(self) -> None:
-        """Wait until what was handled is durable, then acknowledge and answer it; raises what went wrong."""
-        if self._commit is not None:
-            commit, self._commit = self._commit, None
-            commit.done.result()
-            self._connection.acknowledge_all(commit.messages)
-            self._answer(commit.receipts)
 
     def farewell(self, seconds: float) -> None:
         """Publish the last status and wait for the broker to have everything."""
@@ -205,6 +181,8 @@ class _Loop:
 
     def _handle(self, message: Message) -> Receipt | None:
         topics = self._federation.topics
+        if found := message.examined:
+            return self._federation.receive(found.context.round, found.client, message.payload, found)
         if (place := topics.round_and_client_of_update(message.topic)) is not None:
             return self._federation.receive(*place, message.payload)
         if (client := topics.client_of_presence(message.topic)) is not None:

@@ -20,9 +20,7 @@ import logging
 import os
 import shutil
 import struct
-import threading
 import zlib
-from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -50,16 +48,14 @@ class _Head(NamedTuple):
 class UpdateLog:
     """The log at ``path``, continued from what ``round_number`` has in it; ``path`` None keeps it in memory.
 
-    ``commit`` may run in another thread than all the rest, at the same time. Raises OSError wherever the file
-    cannot be read or written.
+    Raises OSError wherever the file cannot be read or written.
     """
 
     def __init__(self, path: Path | None, round_number: int) -> None:
         self._round = round_number
         self._places: dict[str, tuple[int, int]] = {}  # client → (offset, bytes) of the payload
-        self._added: deque[bytes] = deque()
+        self._waiting: list[bytes] = []
         self._end = 0
-        self._committing = threading.Lock()
         self._failure: OSError | None = None
         self._disk: DirectFile | None = None
         if path is None:
@@ -77,23 +73,29 @@ class UpdateLog:
         name = client.encode()
         head = _HEAD.pack(_MAGIC, self._round, len(payload), len(name), sha256) + name
         head += _CHECK.pack(zlib.crc32(head))
-        self._added.extend((head, payload))
+        self._waiting += (head, payload)
         self._places[client] = (self._end + len(head), len(payload))
         self._end += len(head) + len(payload)
 
     def commit(self) -> None:
-        """Make all updates durable that were added before this was called.
+        """Make all updates that were added durable.
 
-        Once that has failed nobody knows what the disk has, and it fails ever after; whoever opens it anew, reads it.
+        Once that has failed nobody knows what the disk has, and it fails ever after: open it anew.
         """
-        with self._committing:
-            if self._failure:
-                raise self._failure
-            try:
-                self._append_added()
-            except OSError as error:
-                self._failure = error
-                raise
+        if self._failure:
+            raise self._failure
+        if not self._waiting:
+            return
+        try:
+            if self._disk:
+                self._disk.append(self._waiting)
+            else:
+                self._file.seek(0, os.SEEK_END)
+                self._file.writelines(self._waiting)
+        except OSError as error:
+            self._failure = error
+            raise
+        self._waiting.clear()
 
     def drop(self, client: str) -> None:
         """Leave out a client's update; its record stays in the file until the round ends."""
@@ -111,14 +113,13 @@ class UpdateLog:
 
     def start_round(self, round_number: int) -> None:
         """Drop everything: from now on, records are those of ``round_number``."""
-        with self._committing:
-            if self._disk:
-                self._disk.restart()
-            else:
-                self._file.truncate(0)
-            self._round, self._end = round_number, 0
-            self._places.clear()
-            self._added.clear()
+        if self._disk:
+            self._disk.restart()
+        else:
+            self._file.truncate(0)
+        self._round, self._end = round_number, 0
+        self._places.clear()
+        self._waiting.clear()
 
     def close(self) -> None:
         """Close the file; what is not committed is lost."""
@@ -127,17 +128,6 @@ class UpdateLog:
             self._disk.abandon()
         elif self._disk:
             self._disk.close()
-
-    def _append_added(self) -> None:
-        if not self._added:
-            return
-        target = self._disk or self._file
-        if not self._disk:
-            self._file.seek(0, os.SEEK_END)
-        while self._added:
-            target.write(self._added.popleft())
-        if self._disk:
-            self._disk.sync()
 
     def _recover(self, path: Path) -> None:
         """Read what the file has; see the module's text for what becomes of damage."""

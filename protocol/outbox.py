@@ -34,9 +34,12 @@ class Outbox:
 
     def add(self, topic: str, payload: bytes, retain: bool, delivery: Delivery | None) -> bytes:
         """Take a publication."""
-        self._waiting.append(_Publication(topic.encode(), payload, retain, delivery))
+        publication = _Publication(topic.encode(), payload, retain, delivery)
         self.payload_bytes += len(payload)
-        return self._send_waiting()
+        if self._waiting or len(self._sent) >= self._window:
+            self._waiting.append(publication)
+            return b""
+        return self._send(publication)
 
     def acknowledged(self, packet: int) -> tuple[Delivery | None, bytes]:
         """The broker has answered; whose delivery that is."""
@@ -69,12 +72,15 @@ class Outbox:
     def _send_waiting(self) -> bytes:
         parts = []
         while self._waiting and len(self._sent) < self._window:
-            self._last = self._last % _LAST_PACKET + 1
-            if self._last in self._sent:
-                continue
-            publication = self._sent[self._last] = self._waiting.popleft()
-            parts.append(self._encode(self._last, publication, duplicate=False))
+            parts.append(self._send(self._waiting.popleft()))
         return b"".join(parts)
+
+    def _send(self, publication: _Publication) -> bytes:
+        self._last = self._last % _LAST_PACKET + 1
+        while self._last in self._sent:
+            self._last = self._last % _LAST_PACKET + 1
+        self._sent[self._last] = publication
+        return self._encode(self._last, publication, duplicate=False)
 
     def _encode(self, packet: int, publication: _Publication, duplicate: bool) -> bytes:
         return encode_publish(

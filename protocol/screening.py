@@ -8,6 +8,7 @@ both finiteness and norm. Anything else is left to ``decode_update``, which also
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ _DIGEST, _INTEGER = rb"[0-9a-f]{64}", rb"(?:0|[1-9][0-9]{0,14})"
 _NUMBER = rb"-?(?:0|[1-9][0-9]{0,19})(?:\.[0-9]{1,30})?(?:[eE][-+]?[0-9]{1,4})?"
 _QUOTE = rb'\\"'  # of the header, which is a string in the container's JSON
 _METRIC = (_QUOTE, rb"[ !#-\[\]-~]{1,64}", _QUOTE + b":", _NUMBER)
+_number = functools.lru_cache(1024)(float)  # float16's scales are powers of two: there are only so many
 _READ_METRIC = re.compile(b"%b(%b)%b(%b)" % _METRIC)
 
 
@@ -67,31 +69,26 @@ class Screen:
             return None
         for encoding, pattern, size in self._written:
             if len(payload) - start == size and (match := pattern.fullmatch(payload, 8, start)):
-                base, client, federation, metrics, number, samples, *scales, validation_samples = (
-                    match.groups()
-                )
-                if not self._sound(payload, start, encoding, [float(scale) for scale in scales]):
-                    return None
-                seen = Seen(
-                    base.decode(),
-                    client.decode(),
-                    federation.decode(),
-                    {name.decode(): float(value) for name, value in _READ_METRIC.findall(metrics)},
-                    int(number),
-                    int(samples),
-                    int(validation_samples),
-                )
-                return seen if _bounded(seen) else None
+                return self._read(match, encoding, payload, start)
         return None
 
-    def _sound(self, payload: bytes, start: int, encoding: str, scales: list[float]) -> bool:
-        if not scales:
-            smallest = largest = 1.0
-        else:
-            smallest, largest = min(scales), max(scales)
-        bound = _largest(payload, start, encoding) * largest * math.sqrt(len(payload) - start)
+    def _read(self, match: re.Match[bytes], encoding: str, payload: bytes, start: int) -> Seen | None:
+        base, client, federation, metrics, number, samples, *texts, validation_samples = match.groups()
+        scales = list(map(_number, texts)) or [1.0]
+        bound = _largest(payload, start, encoding) * max(scales) * math.sqrt(len(payload) - start)
         # A scale beyond float32 would make infinities of zeros.
-        return 0 < smallest and largest <= _LARGEST_SCALE and bound <= self._norm
+        if not (bound <= self._norm and min(scales) > 0 and max(scales) <= _LARGEST_SCALE):
+            return None
+        seen = Seen(
+            base.decode(),
+            client.decode(),
+            federation.decode(),
+            {name.decode(): float(value) for name, value in _READ_METRIC.findall(metrics)},
+            int(number),
+            int(samples),
+            int(validation_samples),
+        )
+        return seen if _bounded(seen) else None
 
 
 def _bounded(seen: Seen) -> bool:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 logger = logging.getLogger(__name__)
 
 BLOCK_BYTES = 256 << 10
+PAHO_SECONDS = 0.05  # for which paho may wait while messages come one after another
 LARGEST_PACKET = 268_435_460  # that MQTT can write the length of
 CLOSE_SECONDS = 2.0  # for what is left to send when the connection is closed
 _LATER = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -110,12 +111,13 @@ class Wire:
         return len(data)
 
     def recv(self, size: int) -> bytes:
-        if not self._for_paho:
+        end = time.monotonic() + PAHO_SECONDS
+        while not self._for_paho:
             if self._filled < self._wanted and not self._read():
                 return b""
             if self._filled >= self._wanted:
                 self._look()
-            if not self._for_paho:
+            if not self._for_paho and time.monotonic() >= end:
                 raise BlockingIOError
         data, self._for_paho = self._for_paho[:size], self._for_paho[size:]
         return data
