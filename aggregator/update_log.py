@@ -6,10 +6,11 @@ head, the client's name, the CRC-32 of both, and the payload:
 
 ``magic``, ``round``, payload bytes, name bytes, SHA-256 of the payload.
 
-On opening, zeros after the last record only fill its block; a record that the file's end cuts off was never committed, and records of an earlier round belong to one
-that has closed: both are dropped. Where a payload is damaged, its record is left out and reading goes on behind it.
-Where a head is damaged, nobody knows where the next record begins: all from there on is moved to
-``updates.log.damaged``, for people. Clients whose updates are lost so send them again when the round is announced.
+On opening, zeros after the last record only fill its block, a record that the file's end cuts off was never
+committed, and records of an earlier round belong to one that has closed: all are dropped. Where a payload is damaged,
+its record is left out and reading goes on behind it. Where a head is damaged, nobody knows where the next record
+begins: all from there on is moved to ``updates.log.damaged``, for people. Clients whose updates are lost so send them
+again when the round is announced.
 """
 
 from __future__ import annotations
@@ -152,17 +153,18 @@ class UpdateLog:
                     extra={"file": str(path), "client": head.client, "bytes": head.end - head.payload},
                 )
             self._end = head.end
-        if self._is_padding(size):
-            pass
-        elif keep:
+        if keep and not self._is_padding(size):
             kept = path.with_name(f"{path.name}.damaged")
             self._copy_rest(kept)
             logger.error(
                 "stored updates are damaged and cut off; their clients send them again",
                 extra={"file": str(path), "bytes": size - self._end, "kept": str(kept)},
             )
-        else:
-            logger.info("updates cut off", extra={"file": str(path), "bytes": size - self._end})
+        elif size > self._end:
+            logger.info(
+                "what follows the last update is cut off",
+                extra={"file": str(path), "bytes": size - self._end},
+            )
         self._file.truncate(self._end)
 
     def _head_at(self, start: int) -> _Head | None:

@@ -75,7 +75,7 @@ class Connection:
     keeps our session for a day; ``receive_window`` bounds how many unacknowledged messages it sends ahead. A
     message whose packet exceeds ``maximum_packet_size`` is not received, and never comes again. ``examine`` (of
     topic and payload) is called for each message in the thread that receives, while the reader's handles others;
-    what it returns comes with the message.
+    what it returns comes with the message, and what it raises is raised to the reader.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Connection:
         self._receive_window = receive_window
         self._own_maximum = maximum_packet_size
         self._examine = examine
-        self._events: deque[Event | FedmptError] = deque()
+        self._events: deque[Event | Exception] = deque()
         self._waiting_bytes = 0  # of messages among the events
         self._listening = True
         self._events_changed = threading.Condition()
@@ -186,7 +186,7 @@ class Connection:
             crowded = self._crowded
             while self._events and len(taken) < most:
                 event = self._events[0]
-                if isinstance(event, FedmptError):
+                if isinstance(event, Exception):
                     if taken:
                         break
                     raise event
@@ -440,13 +440,17 @@ class Connection:
         client.reconnect_delay_set(seconds, seconds)
 
     def _take(self, published: list[Publish], acknowledged: list[Puback]) -> None:
-        messages: list[Event | FedmptError] = []
+        messages: list[Event | Exception] = []
         unwanted, size = [], 0
         for topic, payload, retained, packet, qos in published:
             name = topic.decode(errors="replace")
             # amqtt greets a client with retained messages of other clients' subscriptions.
             if self._wanted.fullmatch(name):
-                examined = self._examine(name, payload)
+                try:
+                    examined = self._examine(name, payload)
+                except Exception as error:
+                    messages.append(error)
+                    continue
                 messages.append(Message(name, payload, retained, packet, qos, self._generation, examined))
                 size += len(payload)
             elif qos:
@@ -478,7 +482,7 @@ class Connection:
                 )
                 self._put([SubscribeRefused(text)])
 
-    def _put(self, events: Sequence[Event | FedmptError], payload_bytes: int = 0) -> None:
+    def _put(self, events: Sequence[Event | Exception], payload_bytes: int = 0) -> None:
         """Hand events to the receiver; too many that wait block, and TCP then slows the broker down."""
         with self._events_changed:
             self._events_changed.wait_for(lambda: not (self._crowded and self._listening))

@@ -12,9 +12,10 @@ import functools
 import math
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedmpt.protocol.codec import MAXIMUM_HEADER_BYTES, MAXIMUM_METRIC, MAXIMUM_METRICS, update_container
 from fedmpt.protocol.manifest import TensorSpec, canonical_json
@@ -22,7 +23,7 @@ from fedmpt.protocol.messages import ENCODINGS, VERSION
 from fedmpt.protocol.topics import MAXIMUM_ROUND, NAME
 
 # Unsigned words of a stored number, all bits but the sign's, and how the largest of them is read.
-_WORDS = {
+_WORDS: Mapping[str, tuple[np.dtype[Any], NDArray[Any], str]] = {
     "float32": (np.dtype("<u4"), np.array(0x7FFFFFFF, "<u4"), "<f4"),
     "float16": (np.dtype("<u2"), np.array(0x7FFF, "<u2"), "<f2"),
 }

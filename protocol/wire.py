@@ -198,7 +198,7 @@ class Wire:
         too_large: list[int] = []
         start, missing, size = 0, 1, self._filled
         with memoryview(self._buffer) as whole, whole[:size] as data:
-            while True:
+            while start < size:
                 body, end = _extent(data, start)
                 if end - start > self._maximum:
                     topic_end, head_end = _head(data, start, body)
