@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from fedmpt.aggregator.privacy import l2_norm
-from fedmpt.protocol.codec import CodecError, Update, UpdateHeader, decode_update
+from fedmpt.protocol.codec import CodecError, Update, decode_update
 from fedmpt.protocol.manifest import TensorSpec
 from fedmpt.protocol.messages import Limits
-from fedmpt.protocol.screening import Screen
+from fedmpt.protocol.screening import Screen, Seen
 from fedmpt.protocol.text import quoted
 
 # In the order in which they are made. The codec makes those from ``size`` to ``finite``.
@@ -54,7 +54,7 @@ class AdmissionContext:
 class Admitted:
     """An update that counts, or what its header says where that was enough to see it."""
 
-    update: Update | UpdateHeader
+    update: Update | Seen
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def admit(payload: bytes, client: str, context: AdmissionContext) -> Admitted | 
     if client not in context.chosen:
         return Refused("chosen", f"{client} is not among the {len(context.chosen)} clients of this round")
     norm = 0.0
-    update: Update | UpdateHeader | None = context.screen.header(payload)
+    update: Update | Seen | None = context.screen.look(payload)
     if update is None:
         try:
             update, _ = decode_update(payload, context.trainable, context.limits.update_bytes)

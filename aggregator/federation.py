@@ -10,7 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from fedmpt.aggregator.admission import AdmissionContext, Refused, admit
 from fedmpt.aggregator.privacy import epsilon, privatise
@@ -59,6 +59,15 @@ class Outgoing:
     topic: str
     payload: bytes
     retain: bool = True
+
+
+class Examined(NamedTuple):
+    """What can be said of an update by itself: its digest, and why it may not count in a round."""
+
+    client: str
+    context: AdmissionContext
+    sha256: hashlib._Hash
+    refused: Refused | None
 
 
 class Federation:
@@ -149,14 +158,30 @@ class Federation:
         self._present.clear()
         self._repeats.clear()
 
-    def receive(self, number: int, client: str, payload: bytes) -> Receipt | None:
+    def examine(self, topic: str, payload: bytes) -> Examined | None:
+        """The costly part of ``receive``, which changes nothing and may run in another thread, ahead of it.
+
+        None for what is no update that is waited for.
+        """
+        place, context = self.topics.round_and_client_of_update(topic), self._admission
+        if place is None:
+            return None
+        number, client = place
+        if number != context.round or client in self._received or self._muted(client):
+            return None
+        return Examined(client, context, hashlib.sha256(payload), _refusal(payload, client, context))
+
+    def receive(
+        self, number: int, client: str, payload: bytes, examined: Examined | None = None
+    ) -> Receipt | None:
         """Take an update from the topic of (round ``number``, ``client``); None if the client is muted.
 
         An accepted update is durable only after ``commit``; send its receipt and acknowledgement then.
+        ``examined`` is what ``examine`` found earlier, if it was asked.
         """
         if self._muted(client):
             return None
-        sha256 = hashlib.sha256(payload)
+        sha256 = examined.sha256 if examined else hashlib.sha256(payload)
         update = sha256.hexdigest()
         if number != self.round.number or self.round.opened is None:
             return self._repeat(
@@ -164,20 +189,17 @@ class Federation:
             )
         if client in self._received:
             return self._repeat(client, number, update, "duplicate", "", "this round has the client's update")
-        result = admit(payload, client, self._admission)
-        if isinstance(result, Refused):
-            return self._refuse(client, number, update, result.check, result.reason)
+        if examined and examined.context is self._admission:
+            refused = examined.refused
+        else:
+            refused = _refusal(payload, client, self._admission)
+        if refused:
+            return self._refuse(client, number, update, refused.check, refused.reason)
         self._store.add_update(client, payload, sha256.digest())
         self._received.add(client)
-        logger.debug(
-            "update accepted",
-            extra={
-                "client": client,
-                "round": number,
-                "bytes": len(payload),
-                "samples": result.update.samples,
-            },
-        )
+        if logger.isEnabledFor(logging.DEBUG):
+            about = {"client": client, "round": number, "bytes": len(payload)}
+            logger.debug("update accepted", extra=about)
         return self._receipt(client, number, update, "accepted", "", "")
 
     def commit(self) -> None:
@@ -428,6 +450,12 @@ class _UnusableUpdate(Exception):
     def __init__(self, client: str) -> None:
         super().__init__(client)
         self.client = client
+
+
+def _refusal(payload: bytes, client: str, context: AdmissionContext) -> Refused | None:
+    """Without what was decoded, which is larger than the payload."""
+    result = admit(payload, client, context)
+    return result if isinstance(result, Refused) else None
 
 
 def _some(names: list[str]) -> str:

@@ -22,11 +22,14 @@ from fedmpt.protocol.events import (
     PayloadTooLarge,
     PublishRefused,
 )
-from fedmpt.protocol.messages import Receipt, Status, to_json
+from fedmpt.protocol.messages import Receipt, Status, receipt_to_json, to_json
 
 logger = logging.getLogger(__name__)
 
-BATCH = 500  # messages that share one commit at most
+BATCH = 100  # messages that share one commit at most
+# A commit costs as much as checking several updates, so while many come, it waits for more of them.
+BUSY_BATCH = 8
+GATHER_SECONDS = 0.002
 # Of updates of full size that the broker may send ahead of our acknowledgements. Larger packets can come (to be
 # refused with a receipt), and the round's own message is larger; what waits of all is bounded by the connection.
 WINDOW_BYTES = 32 << 20
@@ -62,6 +65,7 @@ def connect(
         will=(topics.status, to_json(_cut(federation.status(time.time(), online=False)))),
         maximum_packet_size=max(1 << 20, 4 * limit),
         receive_window=max(WINDOW_LEAST, min(IN_FLIGHT, WINDOW_BYTES // limit)),
+        examine=federation.examine,
     )
     try:
         connection.connect(timeout, stop)
@@ -129,6 +133,7 @@ class _Loop:
         self._federation = federation
         self._connection = connection
         self._on_status = on_status
+        self._busy = False  # many messages came last time
         self._judge_from = float("inf")  # inf while there is no connection
         self._said = 0.0
         self._last: Status | None = None
@@ -138,11 +143,16 @@ class _Loop:
 
     def step(self) -> None:
         """Wait for messages, take a batch of them, commit, acknowledge, and let the rounds go on."""
-        events = self._connection.receive_many(BATCH, TICK_SECONDS)
-        answered: list[tuple[Message, Receipt | None]] = []
+        gather = GATHER_SECONDS if self._busy else 0.0
+        events = self._connection.receive_many(BATCH, TICK_SECONDS, gather)
+        self._busy = len(events) >= BUSY_BATCH
+        messages: list[Message] = []
+        receipts: list[Receipt] = []
         for event in events:
             if isinstance(event, Message):
-                answered.append((event, self._handle(event)))
+                messages.append(event)
+                if (receipt := self._handle(event)) is not None:
+                    receipts.append(receipt)
             elif isinstance(event, Connected):
                 logger.info("connected", extra={"mqtt": event.protocol})
                 self._judge_from = time.monotonic() + SETTLE_SECONDS
@@ -153,8 +163,8 @@ class _Loop:
                 logger.warning("disconnected", extra={"reason": event.reason})
                 self._judge_from = float("inf")
         self._federation.commit()
-        self._connection.acknowledge_all([message for message, _ in answered])
-        self._answer([receipt for _, receipt in answered if receipt is not None])
+        self._connection.acknowledge_all(messages)
+        self._answer(receipts)
         if time.monotonic() >= self._judge_from:
             self._publish(self._federation.tick(time.time()))
         self._say_status()
@@ -171,10 +181,12 @@ class _Loop:
 
     def _handle(self, message: Message) -> Receipt | None:
         topics = self._federation.topics
-        if (client := topics.client_of_presence(message.topic)) is not None:
-            return self._federation.presence(client, message.payload)
+        if found := message.examined:
+            return self._federation.receive(found.context.round, found.client, message.payload, found)
         if (place := topics.round_and_client_of_update(message.topic)) is not None:
             return self._federation.receive(*place, message.payload)
+        if (client := topics.client_of_presence(message.topic)) is not None:
+            return self._federation.presence(client, message.payload)
         if message.topic == topics.round:
             self._publish(self._federation.echo(message.payload))
             return None
@@ -185,7 +197,7 @@ class _Loop:
         topics = self._federation.topics
         try:
             self._connection.publish_all(
-                [(topics.receipt(receipt.client), to_json(receipt)) for receipt in receipts]
+                [(topics.receipt(receipt.client), receipt_to_json(receipt)) for receipt in receipts]
             )
         except PublishRefused as error:
             # The outbox is full. A client without its receipt sends its update again.

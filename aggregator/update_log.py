@@ -6,10 +6,11 @@ head, the client's name, the CRC-32 of both, and the payload:
 
 ``magic``, ``round``, payload bytes, name bytes, SHA-256 of the payload.
 
-On opening, a record that the file's end cuts off was never committed, and records of an earlier round belong to one
-that has closed: both are dropped. Where a payload is damaged, its record is left out and reading goes on behind it.
-Where a head is damaged, nobody knows where the next record begins: all from there on is moved to
-``updates.log.damaged``, for people. Clients whose updates are lost so send them again when the round is announced.
+On opening, zeros after the last record only fill its block, a record that the file's end cuts off was never
+committed, and records of an earlier round belong to one that has closed: all are dropped. Where a payload is damaged,
+its record is left out and reading goes on behind it. Where a head is damaged, nobody knows where the next record
+begins: all from there on is moved to ``updates.log.damaged``, for people. Clients whose updates are lost so send them
+again when the round is announced.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from fedmpt.aggregator.direct_file import BLOCK, DirectFile
 from fedmpt.protocol.files import sync_path
 
 logger = logging.getLogger(__name__)
@@ -51,20 +53,21 @@ class UpdateLog:
     """
 
     def __init__(self, path: Path | None, round_number: int) -> None:
-        self._durable = path is not None
         self._round = round_number
         self._places: dict[str, tuple[int, int]] = {}  # client → (offset, bytes) of the payload
         self._waiting: list[bytes] = []
         self._end = 0
+        self._failure: OSError | None = None
+        self._disk: DirectFile | None = None
         if path is None:
             self._file: BinaryIO = io.BytesIO()
             return
         if not path.exists():
             path.touch()
             sync_path(path.parent)
-        # Unbuffered: a commit is one write, and what is read back is read once.
-        self._file = path.open("r+b", buffering=0)
+        self._file = path.open("r+b", buffering=0)  # what is read back is read once
         self._recover(path)
+        self._disk = DirectFile(path, self._end)
 
     def add(self, client: str, payload: bytes, sha256: bytes) -> None:
         """Take an update with the digest of its payload; durable after ``commit``."""
@@ -76,15 +79,23 @@ class UpdateLog:
         self._end += len(head) + len(payload)
 
     def commit(self) -> None:
-        """Make all updates that were added durable."""
+        """Make all updates that were added durable.
+
+        Once that has failed nobody knows what the disk has, and it fails ever after: open it anew.
+        """
+        if self._failure:
+            raise self._failure
         if not self._waiting:
             return
-        data = memoryview(b"".join(self._waiting))
-        self._file.seek(self._end - len(data))
-        while data:
-            data = data[self._file.write(data) :]
-        if self._durable:
-            os.fdatasync(self._file.fileno())
+        try:
+            if self._disk:
+                self._disk.append(self._waiting)
+            else:
+                self._file.seek(0, os.SEEK_END)
+                self._file.writelines(self._waiting)
+        except OSError as error:
+            self._failure = error
+            raise
         self._waiting.clear()
 
     def drop(self, client: str) -> None:
@@ -103,7 +114,10 @@ class UpdateLog:
 
     def start_round(self, round_number: int) -> None:
         """Drop everything: from now on, records are those of ``round_number``."""
-        self._file.truncate(0)
+        if self._disk:
+            self._disk.restart()
+        else:
+            self._file.truncate(0)
         self._round, self._end = round_number, 0
         self._places.clear()
         self._waiting.clear()
@@ -111,6 +125,10 @@ class UpdateLog:
     def close(self) -> None:
         """Close the file; what is not committed is lost."""
         self._file.close()
+        if self._disk and self._failure:
+            self._disk.abandon()
+        elif self._disk:
+            self._disk.close()
 
     def _recover(self, path: Path) -> None:
         """Read what the file has; see the module's text for what becomes of damage."""
@@ -135,7 +153,7 @@ class UpdateLog:
                     extra={"file": str(path), "client": head.client, "bytes": head.end - head.payload},
                 )
             self._end = head.end
-        if keep:
+        if keep and not self._is_padding(size):
             kept = path.with_name(f"{path.name}.damaged")
             self._copy_rest(kept)
             logger.error(
@@ -143,7 +161,10 @@ class UpdateLog:
                 extra={"file": str(path), "bytes": size - self._end, "kept": str(kept)},
             )
         elif size > self._end:
-            logger.info("updates cut off", extra={"file": str(path), "bytes": size - self._end})
+            logger.info(
+                "what follows the last update is cut off",
+                extra={"file": str(path), "bytes": size - self._end},
+            )
         self._file.truncate(self._end)
 
     def _head_at(self, start: int) -> _Head | None:
@@ -160,6 +181,10 @@ class UpdateLog:
             raise ValueError("damaged head")
         payload = start + _HEAD.size + len(rest)
         return _Head(number, name.decode(), sha256, payload, payload + length)
+
+    def _is_padding(self, size: int) -> bool:
+        """Whether nothing but the filling of the last block is left."""
+        return size - self._end < BLOCK and not any(self._read(self._end, size - self._end))
 
     def _copy_rest(self, target: Path) -> None:
         """Append everything from the end of the sound records to ``target``, durably."""

@@ -61,8 +61,8 @@ NOTES = {
     "layout live": "time counts from the first publish: publisher, broker and receiver share the cores, and the ratio "
     "falls with every other process, for the aggregator's chain of receive, fsync, acknowledge waits at each hand-over",
     "layout waiting": "all updates wait at the broker, the receiver frozen, before the clock starts",
-    "floor of acceptance": "copying each update's bytes once off the socket and once to the disk's cache (the bare "
-    "subscriber: off the socket); of the averages, reading the arrays once",
+    "floor of acceptance": "copying each update's bytes once off the socket and once to where the disk takes them "
+    "from (the bare subscriber: off the socket); of the averages, reading the arrays once",
 }
 TOPICS = Topics("bench")
 SHAPES = {"condition_context": (5, 4, 512), "class_context": (4, 512), "scale": (), "bias": ()}

@@ -18,7 +18,7 @@ import ssl
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -73,7 +73,9 @@ class Connection:
 
     ``will`` (topic, payload) is what the broker publishes, retained, if we vanish. With ``persistent`` the broker
     keeps our session for a day; ``receive_window`` bounds how many unacknowledged messages it sends ahead. A
-    message whose packet exceeds ``maximum_packet_size`` is not received, and never comes again.
+    message whose packet exceeds ``maximum_packet_size`` is not received, and never comes again. ``examine`` (of
+    topic and payload) is called for each message in the thread that receives, while the reader's handles others;
+    what it returns comes with the message, and what it raises is raised to the reader.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Connection:
         persistent: bool = True,
         receive_window: int = IN_FLIGHT,
         maximum_packet_size: int = MAXIMUM_PACKET_BYTES,
+        examine: Callable[[str, bytes], Any] = lambda topic, payload: None,
     ) -> None:
         self.address = address
         self.client_id = client_id
@@ -97,7 +100,8 @@ class Connection:
         self._persistent = persistent
         self._receive_window = receive_window
         self._own_maximum = maximum_packet_size
-        self._events: deque[Event | FedmptError] = deque()
+        self._examine = examine
+        self._events: deque[Event | Exception] = deque()
         self._waiting_bytes = 0  # of messages among the events
         self._listening = True
         self._events_changed = threading.Condition()
@@ -168,15 +172,21 @@ class Connection:
         events = self.receive_many(1, timeout)
         return events[0] if events else None
 
-    def receive_many(self, most: int, timeout: float | None = None) -> list[Event]:
-        """Up to ``most`` events that are there, waiting for the first like ``receive``."""
+    def receive_many(self, most: int, timeout: float | None = None, gather: float = 0.0) -> list[Event]:
+        """Up to ``most`` events that are there, waiting for the first like ``receive``.
+
+        Where they are fewer, others have ``gather`` seconds to come after the first.
+        """
         taken: list[Event] = []
         with self._events_changed:
             self._events_changed.wait_for(lambda: self._events, timeout)
+        if gather and 0 < len(self._events) < most:
+            time.sleep(gather)  # waiting for the condition would wake up for each
+        with self._events_changed:
             crowded = self._crowded
             while self._events and len(taken) < most:
                 event = self._events[0]
-                if isinstance(event, FedmptError):
+                if isinstance(event, Exception):
                     if taken:
                         break
                     raise event
@@ -244,8 +254,10 @@ class Connection:
 
     def check_size(self, topic: str, payload_bytes: int) -> None:
         """Raise PayloadTooLarge if the broker would not take such a message; names both sizes."""
+        if self.maximum_packet_size is None:
+            return
         size = payload_bytes + len(topic.encode()) + _HEADER_BYTES
-        if self.maximum_packet_size is not None and size > self.maximum_packet_size:
+        if size > self.maximum_packet_size:
             raise PayloadTooLarge(
                 f"{topic}: a message of {size} bytes, but the broker takes at most {self.maximum_packet_size}; "
                 "raise its maximum packet size (mosquitto: max_packet_size), or use a smaller update encoding"
@@ -428,13 +440,18 @@ class Connection:
         client.reconnect_delay_set(seconds, seconds)
 
     def _take(self, published: list[Publish], acknowledged: list[Puback]) -> None:
-        messages: list[Event | FedmptError] = []
+        messages: list[Event | Exception] = []
         unwanted, size = [], 0
         for topic, payload, retained, packet, qos in published:
             name = topic.decode(errors="replace")
             # amqtt greets a client with retained messages of other clients' subscriptions.
             if self._wanted.fullmatch(name):
-                messages.append(Message(name, payload, retained, packet, qos, self._generation))
+                try:
+                    examined = self._examine(name, payload)
+                except Exception as error:
+                    messages.append(error)
+                    continue
+                messages.append(Message(name, payload, retained, packet, qos, self._generation, examined))
                 size += len(payload)
             elif qos:
                 unwanted.append(packet)
@@ -465,7 +482,7 @@ class Connection:
                 )
                 self._put([SubscribeRefused(text)])
 
-    def _put(self, events: Sequence[Event | FedmptError], payload_bytes: int = 0) -> None:
+    def _put(self, events: Sequence[Event | Exception], payload_bytes: int = 0) -> None:
         """Hand events to the receiver; too many that wait block, and TCP then slows the broker down."""
         with self._events_changed:
             self._events_changed.wait_for(lambda: not (self._crowded and self._listening))

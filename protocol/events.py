@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from fedmpt.protocol.errors import FedmptError
 
@@ -28,9 +29,11 @@ class SubscribeRefused(FedmptError):
     """The broker refused a subscription."""
 
 
-@dataclass(frozen=True)
-class Message:
-    """One received publication; hand it to ``Connection.acknowledge`` once its effect is durable."""
+class Message(NamedTuple):
+    """One received publication; hand it to ``Connection.acknowledge`` once its effect is durable.
+
+    ``examined`` is what the connection's ``examine`` found, None without one.
+    """
 
     topic: str
     payload: bytes
@@ -38,6 +41,7 @@ class Message:
     packet: int
     qos: int
     generation: int
+    examined: Any = None
 
 
 @dataclass(frozen=True)

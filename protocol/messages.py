@@ -176,6 +176,16 @@ def to_json(message: Any) -> bytes:
     return _ENCODER.encode(message).encode()
 
 
+def receipt_to_json(receipt: Receipt) -> bytes:
+    """The same as ``to_json``, several times as fast: an aggregator writes thousands a second."""
+    text = json.encoder.encode_basestring
+    return (
+        f'{{"check":{text(receipt.check)},"client":{text(receipt.client)},'
+        f'"federation":{text(receipt.federation)},"reason":{text(receipt.reason)},"round":{receipt.round},'
+        f'"status":{text(receipt.status)},"update":{text(receipt.update)},"version":{receipt.version}}}'
+    ).encode()
+
+
 def from_json(kind: type[AnyMessage], data: bytes, where: str) -> AnyMessage:
     """Read one message; ``where`` (its topic) starts the text of an error.
 

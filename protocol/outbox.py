@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from fedmpt.protocol.events import Delivery
 from fedmpt.protocol.wire import encode_publish
@@ -11,8 +11,7 @@ from fedmpt.protocol.wire import encode_publish
 _LAST_PACKET = 65535
 
 
-@dataclass(frozen=True)
-class _Publication:
+class _Publication(NamedTuple):
     topic: bytes
     payload: bytes
     retain: bool
@@ -35,9 +34,12 @@ class Outbox:
 
     def add(self, topic: str, payload: bytes, retain: bool, delivery: Delivery | None) -> bytes:
         """Take a publication."""
-        self._waiting.append(_Publication(topic.encode(), payload, retain, delivery))
+        publication = _Publication(topic.encode(), payload, retain, delivery)
         self.payload_bytes += len(payload)
-        return self._send_waiting()
+        if self._waiting or len(self._sent) >= self._window:
+            self._waiting.append(publication)
+            return b""
+        return self._send(publication)
 
     def acknowledged(self, packet: int) -> tuple[Delivery | None, bytes]:
         """The broker has answered; whose delivery that is."""
@@ -70,12 +72,15 @@ class Outbox:
     def _send_waiting(self) -> bytes:
         parts = []
         while self._waiting and len(self._sent) < self._window:
-            self._last = self._last % _LAST_PACKET + 1
-            if self._last in self._sent:
-                continue
-            publication = self._sent[self._last] = self._waiting.popleft()
-            parts.append(self._encode(self._last, publication, duplicate=False))
+            parts.append(self._send(self._waiting.popleft()))
         return b"".join(parts)
+
+    def _send(self, publication: _Publication) -> bytes:
+        self._last = self._last % _LAST_PACKET + 1
+        while self._last in self._sent:
+            self._last = self._last % _LAST_PACKET + 1
+        self._sent[self._last] = publication
+        return self._encode(self._last, publication, duplicate=False)
 
     def _encode(self, packet: int, publication: _Publication, duplicate: bool) -> bytes:
         return encode_publish(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 
 from fedmpt.protocol.errors import FedmptError
 
 PREFIX = "fedmpt/v1"
 MAXIMUM_ROUND = 1_000_000
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"  # of a federation or client
+_NAME = re.compile(NAME)
 _ROUND = re.compile(r"0|[1-9][0-9]{0,6}")
+_UPDATE = re.compile(rf"({_ROUND.pattern})/({NAME})")
 
 
 class TopicError(FedmptError):
@@ -36,7 +39,7 @@ class Topics:
     def __post_init__(self) -> None:
         check_name("federation", self.federation)
 
-    @property
+    @cached_property
     def root(self) -> str:
         return f"{PREFIX}/{self.federation}"
 
@@ -85,14 +88,9 @@ class Topics:
 
     def round_and_client_of_update(self, topic: str) -> tuple[int, str] | None:
         """(round, client) of an update's topic, or None if it is none of this federation's."""
-        parts = topic.removeprefix(self.root + "/").split("/")
-        if (
-            len(parts) == 3
-            and parts[0] == "update"
-            and _ROUND.fullmatch(parts[1])
-            and _NAME.fullmatch(parts[2])
-        ):
-            return int(parts[1]), parts[2]
+        start = f"{self.root}/update/"
+        if topic.startswith(start) and (match := _UPDATE.fullmatch(topic, len(start))):
+            return int(match[1]), match[2]
         return None
 
     def round_of_state(self, topic: str) -> int | None:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 logger = logging.getLogger(__name__)
 
 BLOCK_BYTES = 256 << 10
+PAHO_SECONDS = 0.05  # for which paho may wait while messages come one after another
 LARGEST_PACKET = 268_435_460  # that MQTT can write the length of
 CLOSE_SECONDS = 2.0  # for what is left to send when the connection is closed
 _LATER = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -77,8 +78,9 @@ class Wire:
         self._broken = False  # nothing may be sent any more
         self._unsent = bytearray()
         self._full = False  # the stream took only a part
-        self._parts: list[bytes] = []  # received and not yet looked at
-        self._missing = 0  # bytes until there is something to look at
+        self._buffer = bytearray(BLOCK_BYTES)  # used again and again; larger only while a packet is
+        self._filled = 0  # bytes received and not yet taken out
+        self._wanted = 1  # bytes with which there is something to look at
         self._skipping = 0  # bytes still to come of a message that is too large
         self._for_paho = b""
 
@@ -109,26 +111,19 @@ class Wire:
         return len(data)
 
     def recv(self, size: int) -> bytes:
-        if not self._for_paho:
-            if self._missing or not self._parts:
-                data = self._read()
-                if not data:
-                    return b""
-                if self._skipping:
-                    skipped = min(self._skipping, len(data))
-                    self._skipping -= skipped
-                    data = data[skipped:]
-                self._parts.append(data)
-                self._missing -= len(data)
-            if self._missing <= 0:
+        end = time.monotonic() + PAHO_SECONDS
+        while not self._for_paho:
+            if self._filled < self._wanted and not self._read():
+                return b""
+            if self._filled >= self._wanted:
                 self._look()
-            if not self._for_paho:
+            if not self._for_paho and time.monotonic() >= end:
                 raise BlockingIOError
         data, self._for_paho = self._for_paho[:size], self._for_paho[size:]
         return data
 
     def pending(self) -> int:
-        if self._for_paho or (self._parts and self._missing <= 0):
+        if self._for_paho or self._filled >= self._wanted:
             return 1
         with self._lock:
             return int(self._stream.pending()) if isinstance(self._stream, ssl.SSLSocket) else 0
@@ -150,17 +145,33 @@ class Wire:
             self._broken = True  # a closed SSLSocket would send in the clear
             self._stream.close()
 
-    def _read(self) -> bytes:
-        with self._lock:
+    def _read(self) -> bool:
+        """Receive more; False at the end of the stream."""
+        if self._filled == len(self._buffer):
+            self._buffer += bytes(len(self._buffer))
+        with self._lock, memoryview(self._buffer)[self._filled :] as room:
             try:
-                data: bytes = self._stream.recv(BLOCK_BYTES)
+                count: int = self._stream.recv_into(room)
             except _LATER:
                 raise
             except OSError as error:
                 self.failure = error
                 raise
         self.alive_at = time.monotonic()
-        return data
+        self._filled += count
+        if self._skipping:  # what it is of has been taken out, all before it too
+            skipped = min(self._skipping, count)
+            self._skipping -= skipped
+            self._drop(skipped)
+        return count > 0
+
+    def _drop(self, count: int) -> None:
+        """Move what comes after so many bytes to the beginning."""
+        with memoryview(self._buffer) as view:
+            view[: self._filled - count] = view[count : self._filled]
+        self._filled -= count
+        if self._filled <= BLOCK_BYTES < len(self._buffer):
+            self._buffer = self._buffer[:BLOCK_BYTES]
 
     def _flush(self) -> None:
         try:
@@ -182,47 +193,46 @@ class Wire:
 
     def _look(self) -> None:
         """Take whole packets off what has come, up to the first that is paho's."""
-        data = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
         published: list[Publish] = []
         acknowledged: list[Puback] = []
         too_large: list[int] = []
-        start, size = 0, len(data)
-        self._missing = 1
-        while True:
-            body, end = _extent(data, start)
-            if end - start > self._maximum:
-                topic_end, head_end = _head(data, start, body)
-                if head_end > end:
-                    raise OSError("a malformed MQTT packet")
-                if head_end > size:
-                    self._missing = head_end - size
+        start, missing, size = 0, 1, self._filled
+        with memoryview(self._buffer) as whole, whole[:size] as data:
+            while start < size:
+                body, end = _extent(data, start)
+                if end - start > self._maximum:
+                    topic_end, head_end = _head(data, start, body)
+                    if head_end > end:
+                        raise OSError("a malformed MQTT packet")
+                    if head_end > size:
+                        missing = head_end - size
+                        break
+                    logger.warning(
+                        "%s: skipped a message of %d bytes, at most %d are taken",
+                        bytes(data[body + 2 : topic_end]).decode(errors="replace")[:200],
+                        end - start,
+                        self._maximum,
+                    )
+                    if head_end > topic_end:
+                        too_large.append(_SHORT.unpack_from(data, topic_end)[0])
+                    self._skipping = max(0, end - size)
+                    start = min(end, size)
+                    continue
+                if end > size:
+                    missing = end - size
                     break
-                name = data[body + 2 : topic_end].decode(errors="replace")[:200]
-                logger.warning(
-                    "%s: skipped a message of %d bytes, at most %d are taken",
-                    name,
-                    end - start,
-                    self._maximum,
-                )
-                if head_end > topic_end:
-                    too_large.append(_SHORT.unpack_from(data, topic_end)[0])
-                self._skipping = max(0, end - size)
-                start = min(end, size)
-                continue
-            if end > size:
-                self._missing = end - size
-                break
-            kind, qos = data[start] & 0xF0, data[start] >> 1 & 3
-            if kind == _PUBLISH and qos < 2:
-                published.append(_read_publish(data, start, body, end, self._five))
-            elif kind == _PUBACK and end - body >= 2:
-                reason = data[body + 2] if end - body > 2 else 0
-                acknowledged.append(Puback(_SHORT.unpack_from(data, body)[0], reason))
-            else:
-                self._for_paho, start, self._missing = data[start:end], end, 0
-                break
-            start = end
-        self._parts = [data[start:]] if start < size else []
+                kind, qos = data[start] & 0xF0, data[start] >> 1 & 3
+                if kind == _PUBLISH and qos < 2:
+                    published.append(_read_publish(data, start, body, end, self._five))
+                elif kind == _PUBACK and end - body >= 2:
+                    reason = data[body + 2] if end - body > 2 else 0
+                    acknowledged.append(Puback(_SHORT.unpack_from(data, body)[0], reason))
+                else:
+                    self._for_paho, start, missing = bytes(data[start:end]), end, 0
+                    break
+                start = end
+        self._drop(start)
+        self._wanted = max(1, self._filled + missing)
         if too_large:
             self.write(encode_pubacks(too_large))
         if published or acknowledged:
@@ -248,7 +258,7 @@ def encode_pubacks(packets: list[int]) -> bytes:
     return b"".join(b"\x40\x02" + _SHORT.pack(packet) for packet in packets)
 
 
-def _extent(data: bytes, start: int) -> tuple[int, int]:
+def _extent(data: memoryview, start: int) -> tuple[int, int]:
     """Where a packet's body begins and ends; an end beyond the data where more must come to tell."""
     length, at = 0, start + 1
     for shift in (0, 7, 14, 21):
@@ -262,7 +272,7 @@ def _extent(data: bytes, start: int) -> tuple[int, int]:
     raise OSError("a malformed MQTT packet")
 
 
-def _head(data: bytes, start: int, body: int) -> tuple[int, int]:
+def _head(data: memoryview, start: int, body: int) -> tuple[int, int]:
     """Where a PUBLISH's topic and packet number end; ends beyond the data where more must come to tell."""
     qos = data[start] >> 1 & 3
     if data[start] & 0xF0 != _PUBLISH or qos > 1:
@@ -273,12 +283,12 @@ def _head(data: bytes, start: int, body: int) -> tuple[int, int]:
     return topic_end, topic_end + 2 * qos
 
 
-def _read_publish(data: bytes, start: int, body: int, end: int, five: bool) -> Publish:
+def _read_publish(data: memoryview, start: int, body: int, end: int, five: bool) -> Publish:
     qos = data[start] >> 1 & 3
     if body + 2 > end:
         raise OSError("a malformed MQTT packet")
     at = body + 2 + _SHORT.unpack_from(data, body)[0]
-    topic = data[body + 2 : at]
+    topic = bytes(data[body + 2 : at])
     packet = 0
     if qos:
         if at + 2 > end:
@@ -286,9 +296,7 @@ def _read_publish(data: bytes, start: int, body: int, end: int, five: bool) -> P
         packet = _SHORT.unpack_from(data, at)[0]
         at += 2
     if five:
-        _, at = _extent(
-            data, at - 1
-        )  # the properties' length is written like a packet's; they tell us nothing
+        _, at = _extent(data, at - 1)  # the properties' length is written like a packet's; they tell nothing
     if at > end:
         raise OSError("a malformed MQTT packet")
-    return Publish(topic, data[at:end], bool(data[start] & _RETAIN), packet, qos)
+    return Publish(topic, bytes(data[at:end]), bool(data[start] & _RETAIN), packet, qos)

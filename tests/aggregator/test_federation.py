@@ -145,6 +145,50 @@ def test_an_update_is_accepted_once(begin: Callable[..., Site]) -> None:
     assert site.federation.status(0.0).received == 1
 
 
+def test_an_update_that_was_examined_ahead_is_answered_the_same(begin: Callable[..., Site]) -> None:
+    site = opened(begin)
+    federation, number = site.federation, site.federation.round.number
+    payloads = [site.update("a", step=1e6), b"rubbish", site.update("a"), site.update("a", samples=99)]
+    topic = federation.topics.update(number, "a")
+    ahead = [
+        federation.receive(number, "a", payload, federation.examine(topic, payload)) for payload in payloads
+    ]
+    site = opened(begin)
+    assert ahead == [site.federation.receive(number, "a", payload) for payload in payloads]
+    assert [receipt.status for receipt in ahead] == ["rejected", "rejected", "accepted", "duplicate"]
+
+
+def test_an_update_that_was_examined_for_a_round_that_has_closed_is_stale(begin: Callable[..., Site]) -> None:
+    site = opened(begin, deadline=60.0)
+    late = site.update("b")
+    examined = site.federation.examine(site.federation.topics.update(0, "b"), late)
+    assert examined is not None
+    site.send("a")
+    site.federation.tick(60.0)
+    assert site.federation.receive(0, "b", late, examined).status == "stale"
+
+
+def test_an_update_that_was_examined_for_other_clients_is_examined_again(begin: Callable[..., Site]) -> None:
+    site = opened(begin, deadline=60.0)
+    site.join("c")
+    update, topic = site.update("c"), site.federation.topics.update(0, "c")
+    examined = site.federation.examine(topic, update)
+    assert examined is not None
+    assert examined.refused is not None
+    assert examined.refused.check == "chosen"
+    site.federation.tick(60.0)  # no update came: it is begun anew, with all who are there
+    assert site.federation.receive(0, "c", update, examined).status == "accepted"
+
+
+def test_only_updates_that_are_waited_for_are_examined_ahead(begin: Callable[..., Site]) -> None:
+    site = opened(begin)
+    topics, examine = site.federation.topics, site.federation.examine
+    update = site.update("a")
+    assert site.send("a").status == "accepted"
+    for topic in (topics.update(0, "a"), topics.update(1, "b"), topics.presence("b"), topics.round):
+        assert examine(topic, update) is None
+
+
 def test_a_late_update_is_stale(begin: Callable[..., Site]) -> None:
     site = opened(begin, deadline=60.0)
     late = site.update("b")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +14,7 @@ import pytest
 from fedmpt.aggregator import server as server_module
 from fedmpt.aggregator.federation import Federation
 from fedmpt.aggregator.server import connect, serve
-from fedmpt.aggregator.store import Store
+from fedmpt.aggregator.store import Store, StoreError
 from fedmpt.protocol import connection as connection_module
 from fedmpt.protocol.address import BrokerAddress, parse_broker
 from fedmpt.protocol.codec import State, decode_state, state_digest
@@ -101,12 +103,16 @@ class Server:
     def __init__(self, federation: Federation, connection: Connection) -> None:
         self.federation, self.connection = federation, connection
         self.stop, self.finished = threading.Event(), False
+        self.failure: Exception | None = None
         self.thread = threading.Thread(target=self._run)
         self.thread.start()
 
     def _run(self) -> None:
         with self.connection:
-            self.finished = serve(self.federation, self.connection, stop=self.stop)
+            try:
+                self.finished = serve(self.federation, self.connection, stop=self.stop)
+            except StoreError as error:
+                self.failure = error
 
     def join(self) -> None:
         self.thread.join(SECONDS)
@@ -189,6 +195,75 @@ def test_rubbish_does_not_stop_the_server(
     b.answer(make_update)  # its topic had rubbish too, so refusals come first
     b.until(lambda me: me.receipts[-1].status == "accepted")
     a.in_round(1)
+
+
+def test_a_disk_that_fails_stops_the_server_and_what_it_did_not_answer_comes_again(
+    address: BrokerAddress,
+    bundle: BundleManifest,
+    state: State,
+    make_settings: Callable[..., object],
+    make_update: Callable[..., bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store = Store(tmp_path / "store")
+    federation = Federation(store, bundle, state, make_settings())
+    failing = Server(federation, connect(address, federation))
+    made = [Client(address, name, bundle) for name in ("a", "b")]
+    for client in made:
+        client.in_round(0)
+    assert made[0].answer(make_update).status == "accepted"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", fail)
+        assert made[1].round
+        before = made[1].states[made[1].round.state]
+        made[1].publish(make_update(before, "b", 0, names=made[1].round.trainable))
+        failing.join()
+        assert "No space left on device" in str(failing.failure)
+        assert "nothing that was acknowledged is lost" in str(failing.failure)
+    with pytest.raises(StoreError, match="No space left on device"):
+        store.close()
+    assert made[1].receipts == []
+    with Store(tmp_path / "store") as store:
+        federation = Federation(store, bundle, state, make_settings())
+        running = Server(federation, connect(address, federation))
+        for client in made:
+            client.in_round(1)  # the broker had kept the unacknowledged update
+        running.stop.set()
+        running.join()
+    for client in made:
+        client.connection.close()
+
+
+def test_an_update_is_acknowledged_and_answered_only_once_it_is_durable(
+    server: Server,
+    clients: list[Client],
+    make_update: Callable[..., bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    a, b = clients
+    a.in_round(0)
+    b.in_round(0)
+    done: list[str] = []
+    sync, acknowledge, answer = os.fdatasync, server.connection.acknowledge_all, server.connection.publish_all
+
+    def noting(name: str, function: Callable[..., None]) -> Callable[..., None]:
+        def noted(argument: object) -> None:
+            if argument:
+                done.append(name)
+            function(argument)
+
+        return noted
+
+    monkeypatch.setattr(os, "fdatasync", noting("durable", sync))
+    monkeypatch.setattr(server.connection, "acknowledge_all", noting("acknowledged", acknowledge))
+    monkeypatch.setattr(server.connection, "publish_all", noting("answered", answer))
+    assert a.answer(make_update).status == "accepted"
+    assert done[done.index("durable") :][:3] == ["durable", "acknowledged", "answered"]
+    assert "answered" not in done[: done.index("durable")]
 
 
 def test_the_status_topic_tells_where_it_stands(server: Server, clients: list[Client]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -188,6 +189,65 @@ def test_an_interrupted_write_is_no_damage(tmp_path: Path, caplog: pytest.LogCap
         Store(tmp_path).close()
     assert [record.levelname for record in caplog.records] == []
     assert not (tmp_path / "updates.log.damaged").exists()
+
+
+def killed(folder: Path) -> Path:
+    """The log of a, b and c as a kill after their commit leaves it."""
+    with Store(folder) as store:
+        store.close_round(WAITING, b"state", {}, None)
+        for name in "abc":
+            add(store, name, name.encode() * 100)
+        store.commit()
+        log = (folder / "updates.log").read_bytes()
+    (folder / "updates.log").write_bytes(log)
+    return folder / "updates.log"
+
+
+def test_what_fills_the_last_block_is_no_damage(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    log = killed(tmp_path)
+    assert log.read_bytes().endswith(bytes(1000))
+    with Store(tmp_path) as store:
+        assert store.clients() == {"a", "b", "c"}
+        add(store, "d", b"of d")
+    with Store(tmp_path) as store:
+        assert store.clients() == {"a", "b", "c", "d"}
+    assert [record.levelname for record in caplog.records] == []
+    assert not (tmp_path / "updates.log.damaged").exists()
+
+
+def test_zeros_that_are_more_than_fills_a_block_are_kept_and_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = killed(tmp_path)
+    log.write_bytes(log.read_bytes() + bytes(4096))
+    with Store(tmp_path) as store:
+        assert store.clients() == {"a", "b", "c"}
+    assert "damaged and cut off" in caplog.text
+    assert (tmp_path / "updates.log.damaged").exists()
+
+
+def test_once_the_disk_has_failed_nothing_more_is_called_durable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with Store(tmp_path) as store:
+        store.close_round(WAITING, b"state", {}, None)
+        add(store, "a", b"of a")
+        store.commit()
+    store = Store(tmp_path)
+    add(store, "b", b"of b")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", fail)
+        with pytest.raises(StoreError, match="Input/output error"):
+            store.commit()
+    with pytest.raises(StoreError, match="Input/output error"):
+        store.commit()  # a disk that works again may have lost what it did not take
+    with pytest.raises(StoreError, match="nothing that was acknowledged is lost"):
+        store.close()
+    with Store(tmp_path) as store:
+        assert "a" in store.clients()
 
 
 def test_updates_of_a_later_round_than_the_databases_are_kept_for_people(tmp_path: Path) -> None:

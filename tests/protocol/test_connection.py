@@ -205,6 +205,46 @@ def test_a_publication_reaches_the_other_and_completes(address: BrokerAddress) -
         assert (message.topic, message.payload, message.retained) == ("open/a", b"hello", False)
 
 
+def test_a_message_is_examined_where_it_is_received_and_comes_with_what_was_found(
+    address: BrokerAddress,
+) -> None:
+    def examine(topic: str, payload: bytes) -> tuple[str, int, str]:
+        return topic, len(payload), threading.current_thread().name
+
+    with Connection(address, "one", subscriptions=["open/+"], examine=examine) as one:
+        one.connect()
+        one.publish("open/a", b"hello")
+        message = next_message(one)
+        assert message is not None
+        assert message.examined[:2] == ("open/a", 5)
+        assert message.examined[2] != threading.current_thread().name
+
+
+def test_a_defect_in_examining_reaches_the_reader_and_the_message_comes_again(address: BrokerAddress) -> None:
+    def examine(topic: str, payload: bytes) -> None:
+        raise ZeroDivisionError("a defect")
+
+    with Connection(address, "one", subscriptions=["open/+"], examine=examine) as one:
+        one.connect()
+        one.publish("open/a", b"hello")
+        with pytest.raises(ZeroDivisionError, match="a defect"):
+            next_message(one)
+    with Connection(address, "one", subscriptions=["open/+"]) as one:
+        one.connect()
+        message = next_message(one)
+        assert message is not None
+        assert message.payload == b"hello"
+
+
+def test_while_many_messages_come_they_are_taken_together(address: BrokerAddress) -> None:
+    with Connection(address, "one", subscriptions=["open/+"]) as one:
+        one.connect()
+        assert one.receive(SECONDS) == Connected("5")
+        for _ in range(5):
+            one.publish("open/a", b"hello")
+        assert len(one.receive_many(5, SECONDS, gather=SECONDS / 10)) == 5
+
+
 def test_a_message_comes_again_until_it_is_acknowledged(address: BrokerAddress) -> None:
     one = Connection(address, "one", subscriptions=["open/+"])
     one.connect()

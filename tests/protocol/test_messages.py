@@ -16,6 +16,7 @@ from fedmpt.protocol.messages import (
     Receipt,
     from_json,
     parse_object,
+    receipt_to_json,
     to_json,
 )
 
@@ -140,3 +141,11 @@ def test_any_field_values_give_a_message_or_a_message_error(changes: dict[str, o
     with contextlib.suppress(MessageError):
         message = read(changed(**changes))
         assert read(to_json(message)) == message
+
+
+@given(st.text(), st.text(), st.text(), st.integers(0, 10_000_000))
+def test_a_receipt_is_written_the_same_in_the_fast_way(
+    update: str, check: str, reason: str, number: int
+) -> None:
+    receipt = Receipt("birds", "site-a", number, update, "rejected", check, reason)
+    assert receipt_to_json(receipt) == to_json(receipt)

@@ -47,7 +47,7 @@ def norm_when_decoded(payload: bytes) -> float:
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_what_our_encoder_makes_is_seen_to_be_sound(encoding: str) -> None:
     payload = payload_of(encoding)
-    header = SCREEN.header(payload)
+    header = SCREEN.look(payload)
     assert header is not None
     update, _ = decode_update(payload, SPECS, LIMIT)
     for name in ("federation", "round", "client", "base", "samples", "validation_samples", "metrics"):
@@ -56,7 +56,7 @@ def test_what_our_encoder_makes_is_seen_to_be_sound(encoding: str) -> None:
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_what_may_be_beyond_the_norm_is_left_to_decoding(encoding: str) -> None:
-    assert SCREEN.header(payload_of(encoding, largest=60.0)) is None
+    assert SCREEN.look(payload_of(encoding, largest=60.0)) is None
 
 
 @pytest.mark.parametrize("encoding", ["float32", "float16"])
@@ -64,17 +64,17 @@ def test_what_may_be_beyond_the_norm_is_left_to_decoding(encoding: str) -> None:
 def test_a_value_that_is_not_finite_is_left_to_decoding(encoding: str, value: float) -> None:
     payload = payload_of(encoding)
     number = np.asarray(value, {"float32": "<f4", "float16": "<f2"}[encoding]).tobytes()
-    assert SCREEN.header(payload[: -len(number)] + number) is None
+    assert SCREEN.look(payload[: -len(number)] + number) is None
 
 
 def test_a_scale_that_makes_infinities_of_zeros_is_left_to_decoding() -> None:
     zeros = {name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
     payload = payload_of("float16", difference=zeros)
-    assert SCREEN.header(payload) is not None
+    assert SCREEN.look(payload) is not None
     larger = payload.replace(b'"bias\\":1.0', b'"bias\\":9e99')
     size = int.from_bytes(payload[:8], "little") + len(larger) - len(payload)
     larger = size.to_bytes(8, "little") + larger[8:]
-    assert SCREEN.header(larger) is None
+    assert SCREEN.look(larger) is None
     assert norm_when_decoded(larger) == math.inf
 
 
@@ -82,7 +82,7 @@ def test_half_a_surrogate_pair_is_left_to_decoding() -> None:
     payload = payload_of("float32", metrics={"AAAAAA": 0.5})
     broken = payload.replace(b"AAAAAA", b"\\ud800")
     assert len(broken) == len(payload)
-    assert SCREEN.header(broken) is None
+    assert SCREEN.look(broken) is None
     assert norm_when_decoded(broken) == math.inf
 
 
@@ -95,7 +95,7 @@ def test_a_metric_that_cannot_be_summed_or_written_does_not_pass(name: str, valu
     header = payload[8 : 8 + size].replace(b'AAAAAA\\":0.5', f'{name}\\":{value}'.encode())
     assert value.encode() in header
     broken = len(header).to_bytes(8, "little") + header + payload[8 + size :]
-    assert SCREEN.header(broken) is None
+    assert SCREEN.look(broken) is None
     assert norm_when_decoded(broken) == math.inf
 
 
@@ -116,5 +116,5 @@ def test_nothing_passes_that_decoding_refuses(encoding: str, data: st.DataObject
                 del payload[max(1, place) :]
         if not payload:
             return
-    if SCREEN.header(bytes(payload)) is not None:
+    if SCREEN.look(bytes(payload)) is not None:
         assert norm_when_decoded(bytes(payload)) <= NORM * (1 + 1e-6)
