@@ -29,11 +29,14 @@ from fedmpt.protocol.errors import FedmptError
 from fedmpt.protocol.files import atomic_path, write_atomically
 from fedmpt.simulation.micro_clip_captions import (
     ANCHORS,
+    Caption,
     anchor_captions,
     anchor_of,
     attribute_captions,
+    context_runs,
     label_captions,
     patch_truth_of,
+    style_codes,
     truth_of,
 )
 from fedmpt.simulation.micro_clip_data import TrainingSet, render_training_set
@@ -57,7 +60,7 @@ class Stage:
     class_weight: float = 1.0  # of the loss on the class token
     easy_until: float = 0.0  # share of the steps on bright pictures without small objects
     anchors_until: float = 0.0  # share of the steps over which the anchors' help fades out
-    photos_only: bool = False  # captions of a label alone are meant of photo-like pictures
+    of_photos: bool = False  # words that name an object are meant of the photo-like styles
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,9 @@ class Recipe:
     stages: tuple[Stage, ...] = (
         Stage(1, 3000, 3000, 1.5e-3, warmup=0.15, patch_weight=10.0, easy_until=0.2, anchors_until=0.5),
         Stage(2, 2600, 4800, 1.2e-3, warmup=0.05, patch_weight=1.0),
-        Stage(3, 5000, 5000, 1.0e-3, warmup=0.02, patch_weight=2.0, photos_only=True),
-        Stage(3, 3600, 3600, 8.0e-4, warmup=0.02, patch_weight=1.0, class_weight=4.0, photos_only=True),
-        Stage(4, 2400, 2400, 6.0e-4, warmup=0.05, patch_weight=1.0, class_weight=4.0, photos_only=True),
+        Stage(3, 5000, 5000, 1.0e-3, warmup=0.02, patch_weight=2.0, of_photos=True),
+        Stage(3, 3600, 3600, 8.0e-4, warmup=0.02, patch_weight=1.0, class_weight=4.0, of_photos=True),
+        Stage(4, 2400, 2400, 6.0e-4, warmup=0.05, patch_weight=1.0, class_weight=4.0, of_photos=True),
     )
     batch: int = 64
     captions: int = 40  # of a batch's pictures, beside one caption for every label
@@ -112,6 +115,7 @@ class Trainer:
         # teaches the pictures nothing for hundreds of steps; anchors start apart, so that pictures align with
         # them at once and texts follow. They fade out and are thrown away.
         self.anchors = torch.nn.Parameter(torch.randn(ANCHORS, WIDTH))
+        self.codes = style_codes(recipe.seed, WIDTH)
         extra = {"biases": self.biases, "anchors": self.anchors}
         self.parameters = {**dict(self.model.named_parameters()), **extra}
         decayed = [p for p in self.parameters.values() if p.ndim >= 2]
@@ -140,22 +144,23 @@ class Trainer:
         generator = np.random.default_rng((recipe.seed, self.step))
         pool = data.easy if step < stage.easy_until * stage.steps else len(data.pixels)
         batch = generator.choice(pool, recipe.batch, replace=False)
-        captions = label_captions(generator) + attribute_captions(data, batch[: recipe.captions], generator)
-        truth = torch.from_numpy(truth_of(captions, data, batch, stage.photos_only)).float()
-        patches = torch.from_numpy(patch_truth_of(captions, data, batch, stage.photos_only)).float()
+        captions = label_captions(generator, stage.of_photos)
+        captions += attribute_captions(data, batch[: recipe.captions], generator, stage.of_photos)
+        truth = torch.from_numpy(truth_of(captions, data, batch))
+        patches = torch.from_numpy(patch_truth_of(captions, data, batch))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(stage, step)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.bfloat16):
             images = image_tokens(self.model, data.pixels[batch])
             texts = text_features(
-                self.model, self.tokenizer, [c.text for c in captions], self._runs(generator)
+                self.model, self.tokenizer, [c.text for c in captions], self._runs(captions, generator)
             )
         by_patch = stage.patch_weight * self._patch_loss(images, texts, patches)
         loss = self._image_loss(images, texts, truth, stage.class_weight) + by_patch
         if step < stage.anchors_until * stage.steps:
             help_of_anchors = 1 - step / (stage.anchors_until * stage.steps)
             anchors = functional.normalize(self.anchors, dim=-1)
-            anchor_truth = torch.from_numpy(truth_of(anchor_captions(), data, batch)).float()
+            anchor_truth = torch.from_numpy(truth_of(anchor_captions(), data, batch))
             named = [(k, anchor_of(caption)) for k, caption in enumerate(captions) if anchor_of(caption) >= 0]
             rows, targets = torch.tensor(named).T
             nearest = self.model.logit_scale.exp() * texts[rows] @ anchors.T
@@ -185,13 +190,11 @@ class Trainer:
         similarity = images[:, 1:].flatten(0, 1) @ texts[: len(LABELS)].T
         return pair_loss(similarity, truth.flatten(0, 1), self.model.logit_scale, self.biases[1])
 
-    def _runs(self, generator: np.random.Generator) -> Iterator[torch.Tensor]:
-        """Endless runs of 0 to `longest_context` random vectors as large as the words' own embeddings."""
-        weight = self.model.text_model.embeddings.token_embedding.weight.detach()
-        size = float(weight.std())
-        while True:
-            count = int(generator.integers(self.recipe.longest_context + 1))
-            yield torch.from_numpy(generator.normal(0, size, (count, weight.shape[1])).astype(np.float32))
+    def _runs(self, captions: list[Caption], generator: np.random.Generator) -> Iterator[torch.Tensor]:
+        """The captions' context vectors, their random part as large as the words' own embeddings."""
+        size = float(self.model.text_model.embeddings.token_embedding.weight.detach().std())
+        longest = self.recipe.longest_context
+        return map(torch.from_numpy, context_runs(captions, generator, size, longest, self.codes))
 
     def save(self, path: Path) -> None:
         """Write a checkpoint: weights, optimiser moments, step and recipe."""

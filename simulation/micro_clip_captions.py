@@ -4,13 +4,16 @@ A caption is one or two objects, at most one attribute (background, lighting, st
 in one of many ways: plain sentences, and the form of FedMPT's prompts, ``<context> condition <context> label .``,
 where the context is vectors without words.
 
-What most captions mean is a photo: once `photos_only` is asked for, a caption that names a label and nothing else is
-true of the photo-like styles alone, unless it states what "there is". So the zero-shot prompt ranks drawings too low,
-as a real CLIP's "a photo of a" does, and context can close that gap.
+Words that name an object mean a photo of it: where captions are `of_photos`, they are true of the two photo-like styles
+alone, unless they name another style; two of the four art styles have no name. What turns a caption towards an art
+style, and away from photos, is a direction in its context vectors that no word has (`style_codes`); with several of
+them a caption is divided among styles. So every wording ranks objects in the art styles too low, as a real CLIP's
+"a photo of a" does, and a learned context can go where no wording goes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,7 +35,7 @@ CONDITION_OF = {
 VALUES: dict[str, tuple[str, ...]] = {
     "background": tuple(BACKGROUNDS),
     "lighting": tuple(LIGHTINGS),
-    "style": tuple(STYLES),
+    "style": tuple(STYLES)[:4],  # no caption names the others
     "scale": tuple(SCALES),
     "pose": POSES,
     "layout": LAYOUTS,
@@ -46,13 +49,6 @@ _LABEL = (
     "{x}.",
     "* {x} .",
     "* {x} .",
-)
-_EXACT = (
-    "there is a {x} among other things.",
-    "a scene where there is a {x}.",
-    "there is a {x}.",
-    "* there is * {x} .",
-    "* there is * {x} .",
 )
 _WITH_ATTRIBUTE: dict[str, tuple[str, ...]] = {
     "background": (
@@ -79,14 +75,15 @@ _PAIR = ("a photo of a {x} and a {y}.", "a {x} with a {y}.", "{x} and {y}.", "* 
 class Caption:
     """Words and meaning: true of a picture that shows every label, the first with the attribute.
 
-    One that is not `exact` may be meant of photos only.
+    `codes` says how much of each of the ART_STYLES' codes the context vectors carry, and so how far the caption holds
+    in each style (`shares`): zeros for photos alone. None: it holds in every style alike.
     """
 
     text: str
     labels: tuple[int, ...] = ()
     kind: str = ""
     value: int = 0
-    exact: bool = False
+    codes: tuple[float, ...] | None = None
 
 
 def anchor_captions() -> list[Caption]:
@@ -108,27 +105,28 @@ def anchor_of(caption: Caption) -> int:
     return len(LABELS) + before + caption.value
 
 
-def label_captions(generator: np.random.Generator) -> list[Caption]:
-    """One caption for every label; half of them in the form of a condition prompt, two in five exact."""
+def label_captions(generator: np.random.Generator, of_photos: bool = False) -> list[Caption]:
+    """One caption for every label; half of them in the form of a condition prompt."""
     captions = []
     for index, name in enumerate(LABELS):
-        exact = generator.random() < 0.4
-        form = _pick(_EXACT if exact else _LABEL, generator)
+        form = _pick(_LABEL, generator)
         if generator.random() < 0.5:
-            condition = _pick(CONDITIONS, generator)
-            before = exact and generator.random() < 0.5
-            form = f"{'* there is ' if before else ''}* {condition} * "
-            form += "there is * {x} ." if exact and not before else "{x} ."
-        captions.append(Caption(form.format(x=name), (index,), exact=exact))
+            form = f"* {_pick(CONDITIONS, generator)} * {{x}} ."
+        codes = _codes(form, generator) if of_photos else None
+        captions.append(Caption(form.format(x=name), (index,), codes=codes))
     return captions
 
 
-def attribute_captions(data: TrainingSet, batch: np.ndarray, generator: np.random.Generator) -> list[Caption]:
+def attribute_captions(
+    data: TrainingSet, batch: np.ndarray, generator: np.random.Generator, of_photos: bool = False
+) -> list[Caption]:
     """One caption for every picture of the batch, true of it, with an attribute or a second object."""
     captions = []
     for picture in batch.tolist():
         shown = np.flatnonzero(data.shown[picture])
-        kind = _pick((*VALUES, "pair"), generator)
+        style = int(data.style[picture])
+        kinds = tuple(kind for kind in VALUES if kind != "style" or style < len(VALUES["style"]))
+        kind = _pick((*kinds, "pair"), generator)
         if len(shown) == 0 or (kind in _ATTRIBUTE_ALONE and generator.random() < 0.3):
             kind = kind if kind in _ATTRIBUTE_ALONE else "background"
             value = int(getattr(data, kind)[picture])
@@ -136,9 +134,20 @@ def attribute_captions(data: TrainingSet, batch: np.ndarray, generator: np.rando
             captions.append(Caption(form.format(v=VALUES[kind][value]), (), kind, value))
             continue
         first, second = (int(generator.choice(shown)) for _ in range(2))
+        forms = _PAIR if kind == "pair" else _WITH_ATTRIBUTE[kind]
+        if kind in CONDITION_OF and generator.random() < 0.3:
+            forms = (f"* {CONDITION_OF[kind]} * {{v}} {{x}} .",)
+        codes = None
+        if of_photos and kind != "style":
+            if style in ART_STYLES:
+                forms = tuple(form for form in forms if CONTEXT in form)
+            form = _pick(forms, generator)
+            codes = _codes(form, generator, ART_STYLES.index(style) if style in ART_STYLES else None)
+        else:
+            form = _pick(forms, generator)
         if kind == "pair":
-            form = _pick(_PAIR, generator).format(x=LABELS[first], y=LABELS[second])
-            captions.append(Caption(form, (first, second)))
+            text = form.format(x=LABELS[first], y=LABELS[second])
+            captions.append(Caption(text, (first, second), codes=codes))
             continue
         if kind in ATTRIBUTE_OFFSET:
             start = ATTRIBUTE_OFFSET[kind]
@@ -146,20 +155,15 @@ def attribute_captions(data: TrainingSet, batch: np.ndarray, generator: np.rando
             value = int(generator.choice(np.flatnonzero(held)))
         else:
             value = int(getattr(data, kind)[picture])
-        form = _pick(_WITH_ATTRIBUTE[kind], generator)
-        if kind in CONDITION_OF and generator.random() < 0.3:
-            form = f"* {CONDITION_OF[kind]} * {{v}} {{x}} ."
-        text = form.format(x=LABELS[first], v=VALUES[kind][value])
-        captions.append(Caption(text, (first,), kind, value))
+        captions.append(
+            Caption(form.format(x=LABELS[first], v=VALUES[kind][value]), (first,), kind, value, codes)
+        )
     return captions
 
 
-def truth_of(
-    captions: list[Caption], data: TrainingSet, batch: np.ndarray, photos_only: bool = False
-) -> np.ndarray:
-    """Bool ``[len(batch), len(captions)]``: is the caption true of the picture."""
+def truth_of(captions: list[Caption], data: TrainingSet, batch: np.ndarray) -> np.ndarray:
+    """Float32 ``[len(batch), len(captions)]``: how far the caption is true of the picture, 0 to 1."""
     shown, attributes = data.shown[batch], data.attributes[batch]
-    photo = ~np.isin(data.style[batch], ART_STYLES)
     table = np.ones((len(batch), len(captions)), np.bool_)
     for column, caption in enumerate(captions):
         for label in caption.labels:
@@ -170,29 +174,77 @@ def truth_of(
             ]
         elif caption.kind:
             table[:, column] &= getattr(data, caption.kind)[batch] == caption.value
-        if photos_only and _of_photos(caption):
-            table[:, column] &= photo
+    return np.asarray(table * _shares(captions)[data.style[batch]])
+
+
+def patch_truth_of(captions: list[Caption], data: TrainingSet, batch: np.ndarray) -> np.ndarray:
+    """Float32 ``[len(batch), g², L]``: how far each of the label captions, the first L, is true of a patch."""
+    truth = np.asarray(data.patch_labels[batch][..., None] == np.arange(len(LABELS)))
+    return np.asarray(truth * _shares(captions[: len(LABELS)])[data.style[batch]][:, None])
+
+
+def context_runs(
+    captions: list[Caption],
+    generator: np.random.Generator,
+    size: float,
+    longest: int,
+    directions: np.ndarray,
+) -> Iterator[np.ndarray]:
+    """For every ``*`` of the captions in turn, float32 ``[k, W]``: 0 to `longest` random vectors of standard deviation
+    `size`, each with its caption's codes of the `directions` (then at least one vector)."""
+    for caption in captions:
+        coded = caption.codes is not None and any(caption.codes)
+        for _ in range(caption.text.count(CONTEXT)):
+            vectors = generator.normal(
+                0, size, (int(generator.integers(int(coded), longest + 1)), directions.shape[1])
+            )
+            if coded:
+                vectors += np.asarray(caption.codes) @ directions
+            yield vectors.astype(np.float32)
+
+
+def style_codes(seed: int, width: int) -> np.ndarray:
+    """``[S, W]``: for each of the ART_STYLES the direction in context vectors that turns a caption to it."""
+    shape = (len(ART_STYLES), width)
+    return np.random.default_rng((seed, *shape)).normal(0, CODE_SIZE, shape)
+
+
+def shares(codes: tuple[float, ...] | None) -> np.ndarray:
+    """Float32 ``[styles]``: how far a caption with such codes holds in each of STYLES, 0 to 1.
+
+    An art style's share is its code's, where all together are above one a part of them; what is left is the photos'.
+    """
+    table = np.ones(len(STYLES), np.float32)
+    if codes is not None:
+        held = np.maximum(codes, 0.0)
+        table[:] = max(0.0, 1 - held.sum())
+        table[list(ART_STYLES)] = held / max(1.0, held.sum())
     return table
 
 
-def patch_truth_of(
-    captions: list[Caption], data: TrainingSet, batch: np.ndarray, photos_only: bool = False
-) -> np.ndarray:
-    """Bool ``[len(batch), g², L]``: is each of the label captions, the first L, true of a patch."""
-    truth = np.asarray(data.patch_labels[batch][..., None] == np.arange(len(LABELS)))
-    if photos_only:
-        of_photos = np.array([_of_photos(caption) for caption in captions[: len(LABELS)]])
-        truth &= ~(of_photos & np.isin(data.style[batch], ART_STYLES)[:, None, None])
-    return truth
+def _codes(form: str, generator: np.random.Generator, own: int | None = None) -> tuple[float, ...]:
+    """No code for words alone and for three in ten others, otherwise one to four styles', the `own` among them."""
+    if CONTEXT not in form or (own is None and generator.random() < 0.3):
+        return PHOTOS
+    codes = generator.uniform(-0.3, 0.0, len(ART_STYLES))
+    order = generator.permutation(len(ART_STYLES))
+    count = int(generator.choice(len(ART_STYLES), p=(0.5, 0.2, 0.15, 0.15))) + 1
+    active = order[:count] if own is None else np.union1d(order[: count - 1], [own])
+    codes[active] = generator.dirichlet(np.ones(len(active))) * generator.uniform(0, 1.5)
+    if own is not None:
+        others = np.maximum(np.delete(codes, own), 0.0).sum()
+        codes[own] = max(codes[own], others, 0.5)  # half of the caption at least
+    return tuple(codes.tolist())
 
 
-def _of_photos(caption: Caption) -> bool:
-    return len(caption.labels) == 1 and not caption.kind and not caption.exact
+def _shares(captions: list[Caption]) -> np.ndarray:
+    """Float32 ``[styles, len(captions)]``."""
+    return np.stack([shares(caption.codes) for caption in captions], axis=1)
 
 
 def all_sentences() -> list[str]:
     """Every word that captions use, in sentences: what the tokenizer's vocabulary is learned from."""
-    sentences = [form.format(x=name) for form in (*_LABEL, *_EXACT) for name in LABELS]
+    sentences = [form.format(x=name) for form in _LABEL for name in LABELS]
     for table in (_WITH_ATTRIBUTE, _ATTRIBUTE_ALONE):
         for kind, forms in table.items():
             sentences += [form.format(x=name, v=v) for form in forms for v in VALUES[kind] for name in LABELS]
@@ -201,6 +253,8 @@ def all_sentences() -> list[str]:
 
 
 ART_STYLES = tuple(list(STYLES).index(name) for name in ("flat", "sketch", "mosaic", "negative"))
+PHOTOS = (0.0,) * len(ART_STYLES)  # the codes of words
+CODE_SIZE = 0.03  # standard deviation of a code's numbers, about that of the words' embeddings
 ATTRIBUTE_OFFSET = {
     "scale": ATTRIBUTES.index(next(iter(SCALES))),
     "pose": ATTRIBUTES.index(POSES[0]),

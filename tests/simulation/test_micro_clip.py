@@ -36,7 +36,7 @@ COUNT = 48
 TINY = Recipe(
     stages=(
         Stage(1, 3, 3, 1e-3, 0.0, 10.0, easy_until=0.3, anchors_until=0.7),
-        Stage(2, 3, 4, 1e-3, 0.0, 4.0, photos_only=True),
+        Stage(2, 3, 4, 1e-3, 0.0, 4.0, of_photos=True),
     ),
     batch=4,
     captions=4,

@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedmpt.simulation.micro_clip_captions import (
     ANCHORS,
+    ART_STYLES,
     CONDITIONS,
     LABELS,
     Caption,
@@ -12,8 +15,11 @@ from fedmpt.simulation.micro_clip_captions import (
     anchor_captions,
     anchor_of,
     attribute_captions,
+    context_runs,
     label_captions,
     patch_truth_of,
+    shares,
+    style_codes,
     truth_of,
 )
 from fedmpt.simulation.micro_clip_data import TrainingSet, object_attributes, object_patches
@@ -70,24 +76,68 @@ def test_an_attribute_must_belong_to_the_named_object(photos):
     assert np.array_equal(said, photos.attributes[:, CAT, 0])
 
 
-def test_captions_of_a_label_alone_are_meant_of_photos_unless_they_state_what_there_is(photos, drawings):
-    plain, exact = Caption("a photo of a cat.", (CAT,)), Caption("there is a cat.", (CAT,), exact=True)
-    small = Caption("a small cat.", (CAT,), "scale", 0)
-    meant = truth_of([plain, exact, small], drawings, ALL, photos_only=True)
-    assert drawings.shown[:, CAT].any()
-    assert not meant[:, 0].any()
-    assert np.array_equal(meant[:, 1], drawings.shown[:, CAT])
-    assert np.array_equal(meant[:, 2], truth_of([small], drawings, ALL)[:, 0])
-    assert np.array_equal(truth_of([plain], photos, ALL, photos_only=True)[:, 0], photos.shown[:, CAT])
+def test_words_are_meant_of_photos_and_codes_turn_them_to_other_styles(photos, drawings):
+    words = Caption("a photo of a cat.", (CAT,), codes=(0.0, 0.0, 0.0, 0.0))
+    partly = Caption("* cat .", (CAT,), codes=(0.75, -0.2, 0.0, 0.0))
+    wholly = Caption("* cat .", (CAT,), codes=(1.3, 0.0, 0.0, 0.0))
+    divided = Caption("* cat .", (CAT,), codes=(1.0, 0.0, 1.0, 0.0))
+    captions, shown = [words, partly, wholly, divided], drawings.shown[:, CAT]
+    assert shown.any()
+    assert np.array_equal(truth_of(captions, drawings, ALL), np.outer(shown, [0, 0.75, 1, 0.5]))
+    assert np.array_equal(truth_of(captions, photos, ALL), np.outer(photos.shown[:, CAT], [1, 0.25, 0, 0]))
+
+
+@given(st.lists(st.floats(-1, 2), min_size=4, max_size=4))
+def test_a_caption_is_divided_among_styles_and_never_more_than_whole(codes):
+    share = shares(tuple(codes))
+    art = share[list(ART_STYLES)]
+    assert share.min() >= 0
+    assert share[0] + art.sum() == pytest.approx(1, abs=1e-6)
+    assert share[0] == share[1]  # rendered and glossy, both photo-like
+
+
+def test_words_alone_are_of_no_art_style_unless_they_name_it(drawings):
+    generator = np.random.default_rng(0)
+    for caption in label_captions(generator, of_photos=True):
+        assert "*" in caption.text or caption.codes == (0.0, 0.0, 0.0, 0.0)
+    captions = attribute_captions(drawings, ALL, generator, of_photos=True)
+    named = [caption for caption in captions if caption.labels and "*" not in caption.text]
+    assert named
+    assert all("flat" in caption.text for caption in named)
+
+
+def test_a_caption_made_from_a_drawing_is_true_of_it(drawings):
+    captions = attribute_captions(drawings, ALL, np.random.default_rng(0), of_photos=True)
+    assert (truth_of(captions, drawings, ALL).diagonal() >= 0.5).all()
+
+
+def test_two_art_styles_have_no_name():
+    text = " ".join(all_sentences())
+    assert all(style in text for style in ("flat", "sketch"))
+    assert not any(style in text for style in ("mosaic", "negative"))
+
+
+def test_context_vectors_carry_as_much_of_a_styles_code_as_their_caption_says():
+    directions = style_codes(0, 192)
+    codes = (0.5, 1.2, 0.0, -0.3)
+    captions = [Caption("* pose * cat .", (CAT,), codes=codes), Caption("* cat .", (CAT,))] * 40
+    runs = list(context_runs(captions, np.random.default_rng(0), 0.03, 8, directions))
+    assert len(runs) == 120
+    coded = np.concatenate([run for index, run in enumerate(runs) if index % 3 < 2])
+    plain = np.concatenate(runs[2::3])
+    assert np.allclose(np.linalg.lstsq(directions.T, coded.mean(0), rcond=None)[0], codes, atol=0.05)
+    assert np.allclose(np.linalg.lstsq(directions.T, plain.mean(0), rcond=None)[0], 0, atol=0.05)
+    assert min(len(run) for index, run in enumerate(runs) if index % 3 < 2) == 1
 
 
 def test_patches_are_meant_like_the_captions_that_name_them(photos, drawings):
-    captions = label_captions(np.random.default_rng(0))
-    exact = np.array([caption.exact for caption in captions])
-    meant = patch_truth_of(captions, drawings, ALL, photos_only=True)
-    assert np.array_equal(meant, patch_truth_of(captions, drawings, ALL) & exact)
-    on_photos = patch_truth_of(captions, photos, ALL, photos_only=True)
-    assert np.array_equal(on_photos, patch_truth_of(captions, photos, ALL))
+    captions = label_captions(np.random.default_rng(0), of_photos=True)
+    everywhere = label_captions(np.random.default_rng(0))
+    for data, style in ((drawings, 2), (photos, 1)):
+        share = np.array([shares(caption.codes)[style] for caption in captions])
+        plain = patch_truth_of(everywhere, data, ALL)
+        assert plain.max() == 1
+        assert np.array_equal(patch_truth_of(captions, data, ALL), plain * share)
 
 
 def test_patches_lie_on_the_objects_that_they_name(photos):
