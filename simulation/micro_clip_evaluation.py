@@ -16,6 +16,7 @@ from torch.nn import functional
 from transformers import CLIPModel, CLIPTokenizer
 
 from fedmpt.protocol.files import write_atomically
+from fedmpt.simulation.micro_clip_captions import CONDITIONS, VALUES
 from fedmpt.simulation.micro_clip_model import (
     WEIGHTS,
     WIDTH,
@@ -30,6 +31,16 @@ from fedmpt.simulation.scenes_sets import federation_plan
 from fedmpt.simulation.sprites import LABELS
 
 PROMPT = "a photo of a {}."
+# What an operator could try without training: other sentences, the named styles, and the mean of all their features.
+WORDINGS = (
+    PROMPT,
+    "a picture of a {}.",
+    "{}.",
+    "there is a {}.",
+    "a photo, drawing or painting of a {} in any style.",
+    *(f"a {style} picture of a {{}}." for style in VALUES["style"]),
+    *(f"{condition} {{}} ." for condition in CONDITIONS),
+)
 GRID = 7
 PATCH = 16
 
@@ -64,6 +75,28 @@ def zero_shot(
         text = text_features(model, tokenizer, [PROMPT.format(name) for name in scenes.specification.labels])
     found = similarities(tokens, text)
     return {name: mean_average_precision(scores.numpy(), scenes.truth) for name, scores in found.items()}
+
+
+@torch.no_grad()
+def best_wording(
+    model: CLIPModel, tokenizer: CLIPTokenizer, scenes: SceneSet, tokens: torch.Tensor
+) -> dict[str, dict[str, float | str]]:
+    """Of all WORDINGS the one that does best on these very pictures, and the mean of all their features."""
+    names = scenes.specification.labels
+    texts = torch.stack([text_features(model, tokenizer, [w.format(x) for x in names]) for w in WORDINGS])
+    mean = functional.normalize(texts.mean(0), dim=-1)
+    report: dict[str, dict[str, float | str]] = {}
+    for name, ensemble in similarities(tokens, mean).items():
+        singles = [
+            mean_average_precision(similarities(tokens, text)[name].numpy(), scenes.truth) for text in texts
+        ]
+        best = int(np.argmax(singles))
+        report[name] = {
+            "best": singles[best],
+            "wording": WORDINGS[best],
+            "mean_of_features": mean_average_precision(ensemble.numpy(), scenes.truth),
+        }
+    return report
 
 
 def pointing(
@@ -205,7 +238,10 @@ def evaluate(
         decorrelated = federation_plan(seed).decorrelated
         train, test = (draw_scenes(decorrelated, scenes, seed=900_100 + 10 * seed + part) for part in (1, 2))
         train_tokens, test_tokens = encode_scenes(model, train.pixels), encode_scenes(model, test.pixels)
-        run: dict[str, object] = {"zero_shot": zero_shot(model, tokenizer, test, test_tokens)}
+        run: dict[str, object] = {
+            "zero_shot": zero_shot(model, tokenizer, test, test_tokens),
+            "untrained_wordings": best_wording(model, tokenizer, test, test_tokens),
+        }
         for method in ("coop", "adapter"):
             pairs = ((train_tokens, train.truth), (test_tokens, test.truth))
             run[method] = {
