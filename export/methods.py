@@ -302,19 +302,31 @@ METHODS = {
     )
 }
 
-# Controls, which change one thing each: the same prompt on pooled patches instead of the class token, and a
-# wording that the checkpoint may know better.
+# Controls, which change one thing each: the same prompt on pooled patches instead of the class token, and what can be
+# had without training: the mean of many wordings' text features (prompt ensembling; Radford et al. 2021), among them
+# the art styles that the micro-CLIP's captions name.
+_WORDINGS = (
+    "a photo of a",
+    "a picture of a",
+    "there is a",
+    "a rendered picture of a",
+    "a glossy picture of a",
+    "a flat picture of a",
+    "a sketch picture of a",
+)
+_ENSEMBLE = replace(
+    METHODS["zero-shot"],
+    name="zero-shot-ensemble",
+    phrases=lambda conditions: _WORDINGS,
+    prefixes=lambda state, words: [[phrase] for phrase in words],
+    text=lambda text, state: towers.normalise(text.mean(0, keepdim=True)),
+)
 METHODS |= {
     method.name: method
     for method in (
         replace(METHODS["coop"], name="coop-patches", score=_regions),
         replace(METHODS["zero-shot"], name="zero-shot-patches", score=_regions),
-        *(
-            replace(METHODS["zero-shot"], name=name, phrases=lambda conditions: ("there is a",), score=scored)
-            for name, scored in (
-                ("zero-shot-there-is", _global),
-                ("zero-shot-there-is-patches", _regions),
-            )
-        ),
+        _ENSEMBLE,
+        replace(_ENSEMBLE, name="zero-shot-ensemble-patches", score=_regions),
     )
 }

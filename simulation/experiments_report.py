@@ -39,8 +39,8 @@ Rows = Sequence[tuple[Run, Metrics]]
 METHOD_COLOURS = {
     "zero-shot": "#555555",
     "zero-shot-patches": "#555555",
-    "zero-shot-there-is": "#8c6d31",
-    "zero-shot-there-is-patches": "#8c6d31",
+    "zero-shot-ensemble": "#8c6d31",
+    "zero-shot-ensemble-patches": "#8c6d31",
     "coop": "#0072b2",
     "coop-patches": "#56b4e9",
     "dualcoop": "#d55e00",
