@@ -65,10 +65,9 @@ def write_demo_report(result: DemoResult) -> Path:
             "counts them all, also those that no planted pair taught."
         ),
         report.paragraph(
-            "The start is a weak wording on purpose: the demo's CLIP was made to take “a photo of a …” as said of "
-            "photo-like styles only. Another wording, “there is a …”, with each label's best patch gets about as far "
-            "on these pictures without any tuning. The demo shows that a federation finds such a prompt by itself, "
-            "not that nobody could have written it."
+            "The start is weak on purpose: the demo's CLIP was trained so that words mean photos, while half of these "
+            "pictures are in art styles that words hardly reach. Other wordings, tried one by one or averaged, close a "
+            "part of the gap without any tuning; how much, docs/micro-clip.md says."
         ),
         report.heading("Round by round"),
         _curves(result),
