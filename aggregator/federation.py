@@ -66,7 +66,7 @@ class Examined(NamedTuple):
 
     client: str
     context: AdmissionContext
-    sha256: hashlib._Hash
+    sha256: bytes
     verdict: Admitted | Refused
 
 
@@ -169,7 +169,7 @@ class Federation:
         number, client = place
         if number != context.round or client in self._received or self._muted(client):
             return None
-        return Examined(client, context, hashlib.sha256(payload), admit(payload, client, context))
+        return Examined(client, context, hashlib.sha256(payload).digest(), admit(payload, client, context))
 
     def receive(
         self, number: int, client: str, payload: bytes, examined: Examined | None = None
@@ -181,8 +181,8 @@ class Federation:
         """
         if self._muted(client):
             return None
-        sha256 = examined.sha256 if examined else hashlib.sha256(payload)
-        update = sha256.hexdigest()
+        sha256 = examined.sha256 if examined else hashlib.sha256(payload).digest()
+        update = sha256.hex()
         if number != self.round.number or self.round.opened is None:
             return self._repeat(
                 client, number, update, "stale", "round", f"round {number} is not open; see the round topic"
@@ -195,7 +195,7 @@ class Federation:
             verdict = admit(payload, client, self._admission)
         if isinstance(verdict, Refused):
             return self._refuse(client, number, update, verdict.check, verdict.reason)
-        self._store.add_update(client, payload, sha256.digest())
+        self._store.add_update(client, payload, sha256)
         self._received.add(client)
         if logger.isEnabledFor(logging.DEBUG):
             about = {"client": client, "round": number, "bytes": len(payload)}

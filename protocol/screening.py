@@ -75,7 +75,7 @@ class Screen:
         if len(payload) > self._limits.update_bytes:
             return False
         start = 8 + int.from_bytes(payload[:8], "little")
-        if start > min(len(payload), 8 + MAXIMUM_HEADER_BYTES):
+        if start > 8 + MAXIMUM_HEADER_BYTES:
             return False
         for encoding, pattern, size in self._written:
             if len(payload) - start == size and (match := pattern.fullmatch(payload, 8, start)):
