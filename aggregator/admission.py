@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from fedmpt.aggregator.privacy import l2_norm
-from fedmpt.protocol.codec import CodecError, Update, decode_update
+from fedmpt.protocol.codec import CodecError, decode_update
 from fedmpt.protocol.manifest import TensorSpec
 from fedmpt.protocol.messages import Limits
-from fedmpt.protocol.screening import Screen, Seen
+from fedmpt.protocol.screening import Screen
 from fedmpt.protocol.text import quoted
 
 # In the order in which they are made. The codec makes those from ``size`` to ``finite``.
@@ -46,15 +46,20 @@ class AdmissionContext:
 
     @cached_property
     def screen(self) -> Screen:
-        """Sees quickly that an update can be decoded and is within the norm."""
-        return Screen(self.trainable, self.limits.update_bytes, self.limits.norm)
+        """Sees quickly that an update passes all checks but ``chosen``."""
+        return Screen(
+            self.trainable,
+            self.limits,
+            federation=self.federation,
+            round_number=self.round,
+            base=self.base,
+            metrics=self.metrics,
+        )
 
 
 @dataclass(frozen=True)
 class Admitted:
-    """An update that counts, or what its header says where that was enough to see it."""
-
-    update: Update | Seen
+    """An update counts."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +74,12 @@ def admit(payload: bytes, client: str, context: AdmissionContext) -> Admitted | 
     """Check an update that arrived on ``client``'s topic of the open round."""
     if client not in context.chosen:
         return Refused("chosen", f"{client} is not among the {len(context.chosen)} clients of this round")
-    norm = 0.0
-    update: Update | Seen | None = context.screen.look(payload)
-    if update is None:
-        try:
-            update, _ = decode_update(payload, context.trainable, context.limits.update_bytes)
-        except CodecError as error:
-            return Refused(error.check, str(error))
-        norm = l2_norm(update.difference)
+    if context.screen.passes(payload, client):
+        return Admitted()
+    try:
+        update, _ = decode_update(payload, context.trainable, context.limits.update_bytes)
+    except CodecError as error:
+        return Refused(error.check, str(error))
     if (update.federation, update.round, update.client) != (context.federation, context.round, client):
         return Refused(
             "identity",
@@ -94,8 +97,9 @@ def admit(payload: bytes, client: str, context: AdmissionContext) -> Admitted | 
         return Refused("samples", f"at most {context.limits.samples} validation samples are accepted")
     if update.metrics and not context.metrics:
         return Refused("metrics", "this federation does not collect metrics; send none")
+    norm = l2_norm(update.difference)
     if norm > context.limits.norm:
         return Refused(
             "norm", f"its L2 norm is {norm:.6g}, but at most {context.limits.norm:.6g} is accepted"
         )
-    return Admitted(update)
+    return Admitted()

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from fedmpt.aggregator.admission import AdmissionContext, Refused, admit
+from fedmpt.aggregator.admission import AdmissionContext, Admitted, Refused, admit
 from fedmpt.aggregator.privacy import epsilon, privatise
 from fedmpt.aggregator.rounds import (
     first_round,
@@ -62,12 +62,12 @@ class Outgoing:
 
 
 class Examined(NamedTuple):
-    """What can be said of an update by itself: its digest, and why it may not count in a round."""
+    """What can be said of an update by itself: its digest, and whether it may count in a round."""
 
     client: str
     context: AdmissionContext
-    sha256: hashlib._Hash
-    refused: Refused | None
+    sha256: bytes
+    verdict: Admitted | Refused
 
 
 class Federation:
@@ -169,7 +169,7 @@ class Federation:
         number, client = place
         if number != context.round or client in self._received or self._muted(client):
             return None
-        return Examined(client, context, hashlib.sha256(payload), _refusal(payload, client, context))
+        return Examined(client, context, hashlib.sha256(payload).digest(), admit(payload, client, context))
 
     def receive(
         self, number: int, client: str, payload: bytes, examined: Examined | None = None
@@ -181,8 +181,8 @@ class Federation:
         """
         if self._muted(client):
             return None
-        sha256 = examined.sha256 if examined else hashlib.sha256(payload)
-        update = sha256.hexdigest()
+        sha256 = examined.sha256 if examined else hashlib.sha256(payload).digest()
+        update = sha256.hex()
         if number != self.round.number or self.round.opened is None:
             return self._repeat(
                 client, number, update, "stale", "round", f"round {number} is not open; see the round topic"
@@ -190,12 +190,12 @@ class Federation:
         if client in self._received:
             return self._repeat(client, number, update, "duplicate", "", "this round has the client's update")
         if examined and examined.context is self._admission:
-            refused = examined.refused
+            verdict = examined.verdict
         else:
-            refused = _refusal(payload, client, self._admission)
-        if refused:
-            return self._refuse(client, number, update, refused.check, refused.reason)
-        self._store.add_update(client, payload, sha256.digest())
+            verdict = admit(payload, client, self._admission)
+        if isinstance(verdict, Refused):
+            return self._refuse(client, number, update, verdict.check, verdict.reason)
+        self._store.add_update(client, payload, sha256)
         self._received.add(client)
         if logger.isEnabledFor(logging.DEBUG):
             about = {"client": client, "round": number, "bytes": len(payload)}
@@ -450,12 +450,6 @@ class _UnusableUpdate(Exception):
     def __init__(self, client: str) -> None:
         super().__init__(client)
         self.client = client
-
-
-def _refusal(payload: bytes, client: str, context: AdmissionContext) -> Refused | None:
-    """Without what was decoded, which is larger than the payload."""
-    result = admit(payload, client, context)
-    return result if isinstance(result, Refused) else None
 
 
 def _some(names: list[str]) -> str:

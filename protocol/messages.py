@@ -22,6 +22,7 @@ VERSION = 1
 PHASES = ("calibrate", "train", "finished")
 RECEIPTS = ("accepted", "duplicate", "stale", "rejected")
 ENCODINGS = ("float32", "float16", "int8")
+_NO_RECEIPT = f"status is none of {', '.join(RECEIPTS)}"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 AnyMessage = TypeVar("AnyMessage")
@@ -113,7 +114,7 @@ class Receipt:
     def __post_init__(self) -> None:
         check_name("client", self.client)
         _require(0 <= self.round <= 10 * MAXIMUM_ROUND, "round is out of range")
-        _require(self.status in RECEIPTS, f"status is none of {', '.join(RECEIPTS)}")
+        _require(self.status in RECEIPTS, _NO_RECEIPT)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def fuzz_update_header(data: bytes) -> None:
 
 def fuzz_screen(data: bytes) -> None:
     """What the quick look takes must be decoded without an error, for nobody looks again before the round closes."""
-    if SCREEN.look(data) is None:
+    if not SCREEN.passes(data, "north"):
         return
     try:
         codec.decode_update(data, SPECS, 1 << 16)
@@ -106,7 +106,14 @@ def fuzz_voc(data: bytes) -> None:
     datasets.read_voc(SCRATCH, LABELS)
 
 
-SCREEN = screening.Screen(SPECS, 1 << 16, 100.0)
+SCREEN = screening.Screen(
+    SPECS,
+    messages.Limits(1 << 16, 100, 100.0),
+    federation="farm",
+    round_number=1,
+    base="0" * 64,
+    metrics=True,
+)
 LABELS = labels.LabelRules(("cat", "chair"))
 DECODERS: dict[str, Callable[[bytes], None]] = {
     "state": fuzz_state,
