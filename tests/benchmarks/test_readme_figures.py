@@ -73,6 +73,7 @@ def quoted() -> dict[str, list[float]]:
                 *medians("local_step", "onnx", "onnx: peak anonymous memory", labels=labels),
             )
         ],
+        "aggregation": ratios("aggregation", "durable acceptance, with receipts", clients=10_000),
         "feature_caching": [
             value
             for size in ("640x480", "4032x3024")
