@@ -294,7 +294,7 @@ METHODS = {
             phrases=lambda conditions: ("a photo of a",),
             shapes=lambda setup: {},
             text_state=(),
-            prefixes=lambda state, words: [[words[0]]],
+            prefixes=lambda state, words: [[phrase] for phrase in words],
             text=_unchanged,
             typical=TYPICAL_COSINE,
             score=_global,
@@ -318,7 +318,6 @@ _ENSEMBLE = replace(
     METHODS["zero-shot"],
     name="zero-shot-ensemble",
     phrases=lambda conditions: _WORDINGS,
-    prefixes=lambda state, words: [[phrase] for phrase in words],
     text=lambda text, state: towers.normalise(text.mean(0, keepdim=True)),
 )
 METHODS |= {

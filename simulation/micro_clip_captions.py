@@ -137,14 +137,12 @@ def attribute_captions(
         forms = _PAIR if kind == "pair" else _WITH_ATTRIBUTE[kind]
         if kind in CONDITION_OF and generator.random() < 0.3:
             forms = (f"* {CONDITION_OF[kind]} * {{v}} {{x}} .",)
-        codes = None
-        if of_photos and kind != "style":
-            if style in ART_STYLES:
-                forms = tuple(form for form in forms if CONTEXT in form)
-            form = _pick(forms, generator)
-            codes = _codes(form, generator, ART_STYLES.index(style) if style in ART_STYLES else None)
-        else:
-            form = _pick(forms, generator)
+        worded = of_photos and kind != "style"  # its style is the words' own, a photo's
+        own = ART_STYLES.index(style) if style in ART_STYLES else None
+        if worded and own is not None:
+            forms = tuple(form for form in forms if CONTEXT in form)
+        form = _pick(forms, generator)
+        codes = _codes(form, generator, own) if worded else None
         if kind == "pair":
             text = form.format(x=LABELS[first], y=LABELS[second])
             captions.append(Caption(text, (first, second), codes=codes))
