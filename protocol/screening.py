@@ -29,6 +29,7 @@ _WORDS: Mapping[str, tuple[np.dtype[Any], NDArray[Any], str]] = {
     "float16": (np.dtype("<u2"), np.array(0x7FFF, "<u2"), "<f2"),
 }
 _LARGEST_INT8 = 128.0
+_ROUNDED = 1 + 1e-6  # decoding multiplies by scales in float32, which may round up
 _LARGEST_SCALE = float(np.finfo(np.float32).max)
 # What JSON in the canonical form writes, each a part of what its reader takes.
 _INTEGER = rb"(?:0|[1-9][0-9]{0,14})"
@@ -93,7 +94,7 @@ class Screen:
             # A scale beyond float32 would make infinities of zeros.
             and min(scales) > 0
             and largest <= _LARGEST_SCALE
-            and _largest(payload, start, encoding) * largest * math.sqrt(len(payload) - start)
+            and _largest(payload, start, encoding) * largest * _ROUNDED * math.sqrt(len(payload) - start)
             <= self._limits.norm
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -147,3 +148,19 @@ def test_nothing_passes_that_decoding_refuses(encoding: str, data: st.DataObject
             return
     if passes(bytes(payload)):
         assert norm_when_decoded(bytes(payload)) <= NORM * (1 + 1e-6)
+
+
+def test_a_scale_that_decoding_rounds_up_brings_no_norm_past_its_limit() -> None:
+    written = payload_of("int8", largest=1.0)
+    length = int.from_bytes(written[:8], "little")
+    body = b"\x80" * (len(written) - 8 - length)  # all at −128
+    for scale in np.random.default_rng(0).uniform(0.1, 1, 50).tolist():
+        text = re.sub(
+            rb'(\\"(?:bias|class_context|scale)\\":)[-+.0-9e]+', rb"\g<1>%r" % scale, written[8 : 8 + length]
+        )
+        payload = len(text.rstrip()).to_bytes(8, "little") + text.rstrip() + body
+        norm = 128 * scale * math.sqrt(len(body)) * (1 + 1e-15)
+        limits = Limits(LIMIT, 30, norm)
+        screen = Screen(SPECS, limits, federation="farm", round_number=1, base="0" * 64, metrics=True)
+        assert norm_when_decoded(payload) < math.inf
+        assert norm_when_decoded(payload) <= norm or not screen.passes(payload, "north")
