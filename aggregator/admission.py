@@ -58,11 +58,6 @@ class AdmissionContext:
 
 
 @dataclass(frozen=True)
-class Admitted:
-    """An update counts."""
-
-
-@dataclass(frozen=True)
 class Refused:
     """Why an update does not count: the name of the check, and a text with its limit."""
 
@@ -70,12 +65,12 @@ class Refused:
     reason: str
 
 
-def admit(payload: bytes, client: str, context: AdmissionContext) -> Admitted | Refused:
-    """Check an update that arrived on ``client``'s topic of the open round."""
+def admit(payload: bytes, client: str, context: AdmissionContext) -> Refused | None:
+    """Check an update that arrived on ``client``'s topic of the open round; None means that it counts."""
     if client not in context.chosen:
         return Refused("chosen", f"{client} is not among the {len(context.chosen)} clients of this round")
     if context.screen.passes(payload, client):
-        return Admitted()
+        return None
     try:
         update, _ = decode_update(payload, context.trainable, context.limits.update_bytes)
     except CodecError as error:
@@ -102,4 +97,4 @@ def admit(payload: bytes, client: str, context: AdmissionContext) -> Admitted | 
         return Refused(
             "norm", f"its L2 norm is {norm:.6g}, but at most {context.limits.norm:.6g} is accepted"
         )
-    return Admitted()
+    return None

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from fedmpt.aggregator.admission import AdmissionContext, Admitted, Refused, admit
+from fedmpt.aggregator.admission import AdmissionContext, Refused, admit
 from fedmpt.aggregator.privacy import epsilon, privatise
 from fedmpt.aggregator.rounds import (
     first_round,
@@ -62,12 +62,12 @@ class Outgoing:
 
 
 class Examined(NamedTuple):
-    """What can be said of an update by itself: its digest, and whether it may count in a round."""
+    """What can be said of an update by itself: its digest, and why it may not count in a round."""
 
     client: str
     context: AdmissionContext
     sha256: bytes
-    verdict: Admitted | Refused
+    refusal: Refused | None
 
 
 class Federation:
@@ -190,11 +190,11 @@ class Federation:
         if client in self._received:
             return self._repeat(client, number, update, "duplicate", "", "this round has the client's update")
         if examined and examined.context is self._admission:
-            verdict = examined.verdict
+            refusal = examined.refusal
         else:
-            verdict = admit(payload, client, self._admission)
-        if isinstance(verdict, Refused):
-            return self._refuse(client, number, update, verdict.check, verdict.reason)
+            refusal = admit(payload, client, self._admission)
+        if refusal is not None:
+            return self._refuse(client, number, update, refusal.check, refusal.reason)
         self._store.add_update(client, payload, sha256)
         self._received.add(client)
         if logger.isEnabledFor(logging.DEBUG):

@@ -9,6 +9,7 @@ import ipaddress
 import json
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from fedmpt.aggregator.certificates import (
     mosquitto_acl,
     mosquitto_configuration,
 )
-from fedmpt.protocol.files import write_atomically
+from fedmpt.protocol.files import atomic_path, write_atomically
 from fedmpt.protocol.topics import check_name
 
 DESCRIPTION = """\
@@ -101,17 +102,25 @@ def run(arguments: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _all_or_nothing(folder: Path) -> Iterator[None]:
-    """Take away what the block has made in the folder if it fails: half a key pair would be in the next run's way."""
-    before = set(folder.glob("*"))
-    try:
-        yield
-    except BaseException:
-        for path in set(folder.glob("*")) - before:
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-        raise
+    """Leave the folder as it was if the block fails: half a key pair would be in the next run's way."""
+    with tempfile.TemporaryDirectory() as name:
+        kept = Path(name)
+        before = {path for path in folder.glob("*") if path.is_file()}
+        for path in before:
+            shutil.copy2(path, kept)
+        folders = {path for path in folder.glob("*") if path.is_dir()}
+        try:
+            yield
+        except BaseException:
+            for path in set(folder.glob("*")) - before - folders:
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+            for path in before:
+                with atomic_path(path) as temporary:
+                    shutil.copy2(kept / path.name, temporary)
+            raise
 
 
 def _host(text: str) -> str:

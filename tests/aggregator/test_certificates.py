@@ -275,6 +275,20 @@ def test_a_second_run_for_another_federation_is_refused_and_changes_nothing(
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.*")} == before
 
 
+def test_a_second_run_that_fails_half_way_leaves_everything_as_it_was(tmp_path: Path) -> None:
+    arguments = ["certs", "--out", str(tmp_path), "--federation", "farm", "--client", "north"]
+    assert main([*arguments, "--host", "localhost"]) == 0
+    (tmp_path / "south.key").mkdir()  # so that this key cannot be written, after the broker's certificate was
+    before = {
+        path.name: (path.stat().st_mode, path.is_file() and path.read_bytes()) for path in tmp_path.iterdir()
+    }
+    assert main([*arguments, "--host", "broker.example", "--client", "south"]) == 1
+    after = {
+        path.name: (path.stat().st_mode, path.is_file() and path.read_bytes()) for path in tmp_path.iterdir()
+    }
+    assert after == before
+
+
 def test_an_authority_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     make_authority(tmp_path, "farm", NOW)
     (tmp_path / "ca.pem").write_bytes(b"rubbish")
