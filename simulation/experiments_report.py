@@ -258,6 +258,7 @@ def draw_clients(partitions: Mapping[str, Sequence[Sequence[float]]]) -> str:
         axis.set_title(name)
         axis.set_ylabel("client")
         axis.set_xlabel("label")
+        axis.locator_params(integer=True)
     figure.colorbar(drawn, ax=axes[-1], label="fraction of the client's photos")
     return _svg(figure)
 
