@@ -21,7 +21,7 @@ import torch
 from clip_shapes import random_clip
 from local_step import check_equal
 from onnx import ModelProto
-from record import Row, append_record, interleave, machine_floor, print_rows
+from record import Row, append_record, floor_again, interleave, machine_floor, print_rows
 from torch import Tensor
 
 from fedmpt.edge_client.onnx_session import open_session
@@ -54,6 +54,7 @@ def main() -> None:
         for tokens in arguments.tokens
         for row in measure(tokens, arguments.repeats, floor["matmul_flops"])
     ]
+    rows, floor = floor_again(rows, floor, PRODUCTS)
     print_rows("The head", rows)
     append_record("head", rows, floor=floor)
 

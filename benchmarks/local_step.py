@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from record import Row, append_record, interleave, machine_floor, print_rows
+from record import Row, append_record, floor_again, interleave, machine_floor, print_rows
 from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import CLIPConfig, CLIPModel
@@ -82,6 +82,7 @@ def main() -> None:
             count, arguments.conditions, arguments.layers, arguments.repeats, plain, floor["matmul_flops"]
         )
         print_rows(f"{count} labels", [row for row in rows if row.parameters["labels"] == count])
+    rows, floor = floor_again(rows, floor, TEXT_PRODUCTS)
     append_record("local_step", rows, floor=floor)
 
 

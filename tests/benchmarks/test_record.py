@@ -41,15 +41,37 @@ def test_a_ratio_is_of_medians_and_above_1_for_the_better(unit: str, ratio: floa
 
 
 def test_the_floor_is_the_best_of_all_libraries_and_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {"numpy", "onnxruntime", "torch"} == record._engines(4, 5, 6, 1).keys()
-    products = [product() for product in record._engines(4, 5, 6, 1).values()]
-    np.testing.assert_allclose(products[1][0], products[0], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(products[2], products[0], rtol=1e-5, atol=1e-5)
-    seconds = {"numpy": [4.0, 2.0], "torch": [0.5, 1.0], "copy": [1.0]}
+    engines = record._engines(4, 5, 6, 2)
+    assert list(engines) == ["numpy", "onnxruntime", record.STREAMS, "torch"]
+    expected, *others, streams = (
+        engines[name]() for name in ("numpy", "onnxruntime", "torch", record.STREAMS)
+    )
+    assert len(streams) == 2
+    for product in (*others, *streams):
+        np.testing.assert_allclose(product, expected, rtol=1e-5, atol=1e-5)
+    seconds = {"numpy": [4.0, 2.0], "torch": [0.5, 1.0], record.STREAMS: [1.5], "copy": [1.0]}
     monkeypatch.setattr(record, "interleave", lambda *cases, **options: seconds)
-    floor = record.machine_floor([(10, 10, 10), (20, 10, 10)])
-    assert floor["matmul_flops"] == 2 * 2000 / 0.5
-    assert floor["copy_bytes"] == 2 * (64 << 20)
+    for cores, rate in ((1, 1 / 0.5), (4, 4 / 1.5)):  # one product on each of four cores at once is more
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        floor = record.machine_floor([(10, 10, 10), (20, 10, 10)])
+        assert floor["matmul_flops"] == 2 * 2000 * rate
+        assert floor["copy_bytes"] == 2 * (64 << 20)
+
+
+def test_floors_move_with_a_machine_that_is_faster_after_the_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        Row("time", "s", [4.0], floor=3.0),
+        Row("rate", "photos/s", [4.0], floor=3.0),
+        Row("none", "s", [4.0]),
+    ]
+    now = {"matmul_flops": 8.0, "copy_bytes": 1.0}
+    monkeypatch.setattr(record, "machine_floor", lambda products: now)
+    moved, best = record.floor_again(rows, {"matmul_flops": 4.0, "copy_bytes": 2.0}, [])
+    assert [row.floor for row in moved] == [1.5, 6.0, None]
+    assert best == {"matmul_flops": 8.0, "copy_bytes": 2.0}
+    assert (
+        record.floor_again(rows, {"matmul_flops": 16.0, "copy_bytes": 2.0}, [])[0] == rows
+    )  # slower: as before
 
 
 def test_a_record_keeps_every_sample_and_says_where_it_comes_from(
