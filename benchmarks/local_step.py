@@ -22,12 +22,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -73,23 +76,32 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12, help="of both towers (%(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="%(default)s")
     arguments = parser.parse_args()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
     floor = machine_floor(TEXT_PRODUCTS)
-    rows = []
+    rows: list[Row] = []
+    killed = []
     for count in arguments.labels:
-        plain = count <= arguments.plain_up_to
-        rows += measure(
-            count, arguments.conditions, arguments.layers, arguments.repeats, plain, floor["matmul_flops"]
-        )
+        sizes = count, arguments.conditions, arguments.layers, arguments.repeats
+        # In a process of its own: what one size leaves behind is what the next one lacks.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            try:
+                rows += pool.submit(
+                    measure, *sizes, count <= arguments.plain_up_to, floor["matmul_flops"]
+                ).result()
+            except BrokenProcessPool:
+                killed.append(f"{count} labels: killed, probably for want of memory; left out")
+                continue
         print_rows(f"{count} labels", [row for row in rows if row.parameters["labels"] == count])
     rows, floor = floor_again(rows, floor, TEXT_PRODUCTS)
     append_record("local_step", rows, floor=floor)
+    if killed:
+        raise SystemExit("\n".join(killed))
 
 
 def measure(
     labels: int, conditions: int, layers: int, repeats: int, plain: bool, flops_per_second: float
 ) -> list[Row]:
     """All cases for one number of labels."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     case = Case.make(labels, conditions, layers)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
