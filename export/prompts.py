@@ -3,7 +3,8 @@
 Prompt (n, c) is prefix n followed by suffix c. Causality makes a prefix's hidden states the same for every
 suffix, so each prefix runs once and the suffixes attend to its keys and values. All rows that are needed, and
 no others, lie packed in one matrix ``[R, W]`` (the N prefixes, then for each prefix the C suffixes), so that
-the linear layers, nearly all of the work, see no padding; only attention spreads them into padded blocks.
+the linear layers, nearly all of the work, see no padding; only attention spreads them, in pieces of one head, into
+padded blocks. One gather does that, and splits the heads, which costs less than permuting a block of five axes.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def encode_prompts(
         ``[N, C, D]``, L2-normalised: the tower's output at ``[EOT]``, projected.
     """
     layout = Layout(tuple(len(prefix) for prefix in prefixes), lengths)
-    index = _index(layout, suffixes.device)
+    index = _index(layout, spec.heads, suffixes.device)
     repeated = suffixes.expand(len(prefixes), *suffixes.shape).flatten(0, 1)
     x = torch.cat([*prefixes, repeated]) + weights["position"].index_select(0, index.position)
     for number in range(spec.layers - 1):
@@ -84,14 +85,31 @@ def _take(rows: Tensor, index: Tensor, back: Tensor) -> Tensor:
     return taken
 
 
+class _TakeAll(torch.autograd.Function):
+    """As ``_Take`` where every row is wanted: the adjoint needs no row of zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor, back: Tensor) -> Tensor:
+        ctx.back = back
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient.index_select(0, ctx.back), None, None
+
+
 @dataclass(frozen=True)
 class _Index:
-    """Constant indices and additive masks of a layout. R packed rows; padded places: prefixes, then suffixes."""
+    """Constant indices and additive masks of a layout.
+
+    R packed rows make R·heads pieces. Padded places of pieces: prefixes ``[N, heads, P]``, then suffixes
+    ``[N, heads, C, L]``; Q of them in all.
+    """
 
     position: Tensor  # [R] position of each row in its prompt
-    spread: Tensor  # [N·P + N·C·L] packed row of each padded place (padding: row 0)
-    spread_back: Tensor  # [R] padded place of each packed row
-    gather_back: Tensor  # [N·P + N·C·L] as spread, but R for padding
+    spread: Tensor  # [Q] piece of each padded place (padding: piece 0)
+    spread_back: Tensor  # [R·heads] padded place of each piece
+    gather_back: Tensor  # [Q] as spread, but R·heads for padding
     end: Tensor  # [N·C] packed row of each [EOT]
     end_back: Tensor  # [R] its inverse, N·C elsewhere
     causal: Tensor  # [P, P]
@@ -105,10 +123,10 @@ def _attend(weights: Weights, layer: str, x: Tensor, index: _Index, spec: TowerS
     query, own_query = _spread(towers.linear(weights, f"{layer}.query", x), index, spec)
     key, own_key = _spread(towers.linear(weights, f"{layer}.key", x), index, spec)
     value, own_value = _spread(towers.linear(weights, f"{layer}.value", x), index, spec)
-    prefix = torch.softmax(query @ key.transpose(-1, -2) + index.causal, dim=-1) @ value
+    prefix = _mix(torch.softmax(_products(query, key) + index.causal, dim=-1), value)
     suffix = _attend_suffix(own_query, key, value, own_key, own_value, index.prefix_mask, index.suffix_mask)
-    padded = torch.cat([_rows(prefix.transpose(1, 2)), _rows(suffix.permute(0, 2, 3, 1, 4))])
-    return _take(padded, index.spread_back, index.gather_back)
+    pieces = torch.cat([prefix.flatten(0, -2), suffix.flatten(0, -2)])
+    return _take(pieces, index.spread_back, index.gather_back).reshape(x.shape)
 
 
 def _attend_end(weights: Weights, layer: str, x: Tensor, index: _Index, spec: TowerSpec) -> Tensor:
@@ -118,24 +136,51 @@ def _attend_end(weights: Weights, layer: str, x: Tensor, index: _Index, spec: To
     query = towers.linear(weights, f"{layer}.query", _take(x, index.end, index.end_back))
     query = query.reshape(*own_key.shape[:1], own_key.shape[2], 1, spec.heads, -1).permute(0, 3, 1, 2, 4)
     mixed = _attend_suffix(query, key, value, own_key, own_value, index.prefix_mask, index.end_mask)
-    return _rows(mixed.permute(0, 2, 3, 1, 4))
+    return mixed.permute(0, 2, 3, 1, 4).flatten(-2).flatten(0, -2)
 
 
 def _spread(rows: Tensor, index: _Index, spec: TowerSpec) -> tuple[Tensor, Tensor]:
     """Packed rows ``[R, W]`` to prefixes ``[N, heads, P, d]`` and suffixes ``[N, heads, C, L, d]``."""
     count, longest = index.prefix_mask.shape[0], index.causal.shape[0]
     labels, _, longest_suffix = index.end_mask.shape
-    padded = _take(rows, index.spread, index.spread_back)
-    prefix, suffix = torch.split(padded, [count * longest, count * labels * longest_suffix])
+    pieces = rows.reshape(len(rows) * spec.heads, -1)
+    padded: Tensor = _TakeAll.apply(pieces, index.spread, index.spread_back)  # type: ignore[no-untyped-call]
+    prefix, suffix = torch.split(
+        padded, [count * spec.heads * longest, count * spec.heads * labels * longest_suffix]
+    )
     return (
-        prefix.reshape(count, longest, spec.heads, -1).transpose(1, 2),
-        suffix.reshape(count, labels, longest_suffix, spec.heads, -1).permute(0, 3, 1, 2, 4),
+        prefix.reshape(count, spec.heads, longest, -1),
+        suffix.reshape(count, spec.heads, labels, longest_suffix, -1),
     )
 
 
-def _rows(x: Tensor) -> Tensor:
-    """``[..., heads, d]`` to rows ``[·, W]``."""
-    return x.flatten(-2).flatten(0, -2)
+class _Products(torch.autograd.Function):
+    """``query [B, Q, d]`` times ``key [B, K, d]`` transposed; no gradient is made transposed and turned after."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor) -> Tensor:
+        ctx.save_for_backward(query, key)
+        return query @ key.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        query, key = ctx.saved_tensors
+        return gradient @ key, gradient.transpose(1, 2) @ query
+
+
+def _products(query: Tensor, key: Tensor) -> Tensor:
+    """``[..., Q, d]`` and ``[..., K, d]`` to ``[..., Q, K]``.
+
+    Flattened to one axis before the transposition, so that engines take it into the product.
+    """
+    products: Tensor = _Products.apply(query.flatten(0, -3), key.flatten(0, -3))  # type: ignore[no-untyped-call]
+    return products.reshape(*query.shape[:-1], -1)
+
+
+def _mix(weight: Tensor, value: Tensor) -> Tensor:
+    """``[..., Q, K]`` and ``[..., K, d]`` to ``[..., Q, d]``."""
+    mixed = weight.flatten(0, -3) @ value.flatten(0, -3)
+    return mixed.reshape(*weight.shape[:-1], -1)
 
 
 def _attend_suffix(
@@ -148,15 +193,15 @@ def _attend_suffix(
     own_mask: Tensor,
 ) -> Tensor:
     """Suffix queries ``[N, heads, C, Q, d]`` over the prefix ``[N, heads, P, d]`` and their own suffix."""
-    far = (query.flatten(2, 3) @ prefix_key.transpose(-1, -2)).reshape(*query.shape[:-1], -1) + prefix_mask
-    near = query @ own_key.transpose(-1, -2) + own_mask
+    far = _products(query.flatten(2, 3), prefix_key).reshape(*query.shape[:-1], -1) + prefix_mask
+    near = _products(query, own_key) + own_mask
     weight = torch.softmax(torch.cat([far, near], dim=-1), dim=-1)
     far, near = torch.split(weight, [far.shape[-1], near.shape[-1]], dim=-1)
-    return (far.flatten(2, 3) @ prefix_value).reshape(query.shape) + near @ own_value
+    return _mix(far.flatten(2, 3), prefix_value).reshape(query.shape) + _mix(near, own_value)
 
 
 @cache  # never emptied: a captured CUDA graph goes on reading these tensors
-def _index(layout: Layout, device: torch.device) -> _Index:
+def _index(layout: Layout, heads: int, device: torch.device) -> _Index:
     prefixes, suffixes = np.array(layout.prefixes), np.array(layout.suffixes)
     longest, longest_suffix = int(prefixes.max()), int(suffixes.max())
     count, labels = len(prefixes), len(suffixes)
@@ -167,9 +212,21 @@ def _index(layout: Layout, device: torch.device) -> _Index:
     )
     real = np.concatenate([real_prefix.ravel(), real_suffix.ravel()])
     rows = int(real.sum())
-    spread_back = np.flatnonzero(real)
-    gather_back = np.full(len(real), rows)
-    gather_back[spread_back] = np.arange(rows)
+    # The piece at each padded place: places in the order of the blocks, rows times heads.
+    packed = np.full(len(real), -1)
+    packed[real] = np.arange(rows)
+    prefix_rows, suffix_rows = np.split(packed, [count * longest])
+    blocks = (
+        prefix_rows.reshape(count, 1, longest),
+        suffix_rows.reshape(count, 1, labels * longest_suffix),
+    )
+    head = np.arange(heads)[:, None]
+    gather_back = np.concatenate(
+        [np.where(block < 0, rows * heads, block * heads + head).ravel() for block in blocks]
+    )
+    taken = np.flatnonzero(gather_back < rows * heads)
+    spread_back = np.empty(rows * heads, int)
+    spread_back[gather_back[taken]] = taken
     position = np.concatenate(
         [
             np.broadcast_to(np.arange(longest), real_prefix.shape).ravel(),
@@ -188,7 +245,7 @@ def _index(layout: Layout, device: torch.device) -> _Index:
 
     return _Index(
         position=integers(position),
-        spread=integers(np.where(gather_back < rows, gather_back, 0)),
+        spread=integers(np.where(gather_back < rows * heads, gather_back, 0)),
         spread_back=integers(spread_back),
         gather_back=integers(gather_back),
         end=integers(end),
