@@ -292,7 +292,8 @@ class OnnxStep:
     def __call__(self) -> dict[str, Tensor]:
         names = [item.name for item in self.session.get_outputs()]
         values = self.session.run(names, self.feed)
-        return {name: torch.from_numpy(np.asarray(value)) for name, value in zip(names, values, strict=True)}
+        # Copies: an output that lives on would keep the whole memory of a session that was closed.
+        return {name: torch.from_numpy(np.array(value)) for name, value in zip(names, values, strict=True)}
 
 
 class StandInTokenizer:
