@@ -70,32 +70,21 @@ class _Take(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, index: Tensor, back: Tensor) -> Tensor:
-        ctx.back = back
+    def forward(ctx: Any, rows: Tensor, index: Tensor, back: Tensor, takes_all: bool) -> Tensor:
+        ctx.back, ctx.takes_all = back, takes_all
         return rows.index_select(0, index)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        zero = gradient.new_zeros(1, gradient.shape[1])
-        return torch.cat([gradient, zero]).index_select(0, ctx.back), None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        if not ctx.takes_all:
+            gradient = torch.cat([gradient, gradient.new_zeros(1, gradient.shape[1])])
+        return gradient.index_select(0, ctx.back), None, None, None
 
 
-def _take(rows: Tensor, index: Tensor, back: Tensor) -> Tensor:
-    taken: Tensor = _Take.apply(rows, index, back)  # type: ignore[no-untyped-call]
+def _take(rows: Tensor, index: Tensor, back: Tensor, *, takes_all: bool = False) -> Tensor:
+    """``rows[index]``; where it ``takes_all`` of the rows, the adjoint needs no row of zeros."""
+    taken: Tensor = _Take.apply(rows, index, back, takes_all)  # type: ignore[no-untyped-call]
     return taken
-
-
-class _TakeAll(torch.autograd.Function):
-    """As ``_Take`` where every row is wanted: the adjoint needs no row of zeros."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, index: Tensor, back: Tensor) -> Tensor:
-        ctx.back = back
-        return rows.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return gradient.index_select(0, ctx.back), None, None
 
 
 @dataclass(frozen=True)
@@ -144,7 +133,7 @@ def _spread(rows: Tensor, index: _Index, spec: TowerSpec) -> tuple[Tensor, Tenso
     count, longest = index.prefix_mask.shape[0], index.causal.shape[0]
     labels, _, longest_suffix = index.end_mask.shape
     pieces = rows.reshape(len(rows) * spec.heads, -1)
-    padded: Tensor = _TakeAll.apply(pieces, index.spread, index.spread_back)  # type: ignore[no-untyped-call]
+    padded = _take(pieces, index.spread, index.spread_back, takes_all=True)
     prefix, suffix = torch.split(
         padded, [count * spec.heads * longest, count * spec.heads * labels * longest_suffix]
     )
