@@ -12,7 +12,7 @@ be used. Every case computes the same loss and the same gradients, which is chec
 
 Memory is that of a process of its own that opens the graph with the edge's engine and takes steps.
 
-Memory needed: about 16 GB for 1,000 labels and for the 77-token cases at 80, 9 GB for 365; with less, leave sizes out
+Memory needed: about 16 GB for the 77-token cases at 80 labels, 14 GB for 1,000, 9 GB for 365; with less, leave sizes out
 with --labels and --plain-up-to. From 500 labels on, the session is closed while eager PyTorch runs, and opened and
 warmed up again before its turn, outside the clock: together they would need 24 GB.
 """
