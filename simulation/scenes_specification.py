@@ -30,7 +30,11 @@ class SceneError(FedmptError):
 
 @dataclass(frozen=True)
 class LabelLink:
-    """One entry of the co-occurrence matrix: P(target | source) and P(target | no source)."""
+    """One entry of the co-occurrence matrix: P(target | source) and P(target | no source).
+
+    Both hold as stated for a target with one source. Of several sources the largest `when_present` among those shown
+    counts, and where none is shown the smallest `when_absent`: given one source, the others raise the target's share.
+    """
 
     source: str
     target: str
@@ -40,7 +44,14 @@ class LabelLink:
 
 @dataclass(frozen=True)
 class ConditionLink:
-    """Where `label` is shown, `factor` (``background``, ``lighting`` or ``scale``) is `value` with `probability`."""
+    """Where `label` is shown, `factor` (``background``, ``lighting`` or ``scale``) is `value` with `probability`.
+
+    A picture has one background and one lighting, so links are tried in their order and the first whose label is shown
+    and whose chance comes up decides: a later link holds as far as the earlier ones leave the picture to it. If none
+    does, the value is drawn from the specification's weights, `value` among them, so that a link alone gives
+    P(value | label) = probability + (1 − probability) · share of value; a probability of 0 is like no link. A scale is
+    each object's own: one link a label.
+    """
 
     label: str
     factor: str
@@ -51,13 +62,17 @@ class ConditionLink:
 def links_from_matrix(
     labels: Sequence[str], when_present: np.ndarray, when_absent: np.ndarray
 ) -> tuple[LabelLink, ...]:
-    """The links of a co-occurrence matrix: ``when_present[i, j]`` is P(label j | label i), NaN where there is none.
+    """One link for each number off the diagonal of a co-occurrence matrix; the diagonal is 1 whatever it says.
 
-    ``when_absent[i, j]``, P(label j | no label i), counts only where `when_present` is a number.
+    ``when_present[i, j]`` is P(label j | label i), NaN where there is no link; ``when_absent[i, j]``, P(label j | no
+    label i), counts only where `when_present` is a number. Pictures have exactly these probabilities where no column
+    holds two numbers off the diagonal (see :class:`LabelLink`). Numbers in circles, as at (i, j) and (j, i), cannot be
+    drawn; what lies at NaN follows from the rest.
     """
     return tuple(
         LabelLink(labels[i], labels[j], float(when_present[i, j]), float(when_absent[i, j]))
         for i, j in np.argwhere(~np.isnan(when_present)).tolist()
+        if i != j
     )
 
 
@@ -136,6 +151,9 @@ def _check(spec: SceneSpecification) -> None:
         _require(rule.label in spec.labels, f"a condition link names {rule.label!r}, which is not a label")
         _require(rule.factor in known, f"a condition link names {rule.factor!r}: use {', '.join(known)}")
         _require(rule.value in known[rule.factor], f"{rule.factor} has no value {rule.value!r}")
+    scaled = [rule.label for rule in spec.condition_links if rule.factor == "scale"]
+    for label in spec.labels:
+        _require(scaled.count(label) <= 1, f"two condition links give {label!r} a scale: keep one")
     for weights, names in (
         (spec.backgrounds, tuple(BACKGROUNDS)),
         (spec.lightings, tuple(LIGHTINGS)),

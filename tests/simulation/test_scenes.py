@@ -74,6 +74,27 @@ def test_a_co_occurrence_matrix_is_planted_and_measured():
     assert (found.diagonal() == 1).all()
 
 
+def test_a_matrix_has_no_links_on_its_diagonal():
+    when_present = np.full((4, 4), np.nan)
+    when_present[0, 1] = 0.9
+    np.fill_diagonal(when_present, 1.0)
+    links = links_from_matrix(PETS.labels, when_present, np.full((4, 4), 0.1))
+    assert links == (LabelLink("cat", "chair", 0.9, 0.1),)
+
+
+def test_of_two_sources_of_one_target_the_largest_probability_counts():
+    spec = replace(
+        PETS, links=(LabelLink("cat", "sofa", 0.5, 0.2), LabelLink("dog", "sofa", 0.9, 0.1)), size=32
+    )
+    scenes = draw_scenes(spec, 1200, 4)
+    cat, dog, sofa = (scenes.truth[:, index] == 1 for index in (0, 2, 3))
+    found = scenes.co_occurrence()
+    assert found[2, 3] == pytest.approx(0.9, abs=0.05)  # the stronger link comes out as stated
+    assert found[0, 3] == pytest.approx(0.5 * 0.5 + 0.5 * 0.9, abs=0.06)  # half of the cats are with a dog
+    assert sofa[cat & ~dog].mean() == pytest.approx(0.5, abs=0.08)
+    assert sofa[~cat & ~dog].mean() == pytest.approx(0.1, abs=0.06)  # the smallest when_absent
+
+
 def test_links_may_form_chains():
     links = (
         LabelLink("dog", "sofa", 1.0, 0.0),
@@ -97,6 +118,27 @@ def test_condition_links_choose_background_lighting_and_scale():
     assert (scenes.lighting[cat] == list(LIGHTINGS).index("night")).all()
     assert (scenes.objects["scale"][scenes.objects["label"] == 0] == 2).all()
     assert len(np.unique(scenes.background[~cat])) > 5
+
+
+def test_the_first_condition_link_that_comes_up_decides():
+    rules = (
+        ConditionLink("cat", "background", "beach", 0.8),
+        ConditionLink("dog", "background", "road", 1.0),
+    )
+    scenes = draw_scenes(replace(PETS, condition_links=rules, size=32), 1200, 6)
+    cat, dog = scenes.truth[:, 0] == 1, scenes.truth[:, 2] == 1
+    road = scenes.background == list(BACKGROUNDS).index("road")
+    assert road[dog & ~cat].all()
+    assert road[dog & cat].mean() == pytest.approx(0.2, abs=0.07)
+
+
+@pytest.mark.parametrize(("probability", "share"), [(0.8, 0.9), (0.0, 0.5)])
+def test_where_no_condition_link_comes_up_the_weights_draw_among_all_values(probability, share):
+    rules = (ConditionLink("cat", "background", "beach", probability),)
+    weights = (("beach", 1.0), ("snow", 1.0))
+    scenes = draw_scenes(replace(PETS, condition_links=rules, backgrounds=weights, size=32), 600, 6)
+    beach = scenes.background[scenes.truth[:, 0] == 1] == list(BACKGROUNDS).index("beach")
+    assert beach.mean() == pytest.approx(share, abs=0.08)
 
 
 def test_annotation_noise_spares_the_truth():
@@ -156,6 +198,10 @@ def test_distractors_are_objects_without_labels():
         (
             {"condition_links": (ConditionLink("cat", "weather", "fog", 1.0),)},
             "names 'weather': use background",
+        ),
+        (
+            {"condition_links": tuple(ConditionLink("cat", "scale", v, 0.5) for v in ("small", "large"))},
+            "two condition links give 'cat' a scale: keep one",
         ),
         ({"styles": (("oil", 1.0),)}, "no 'oil': choose from rendered"),
         ({"styles": (("flat", 0.0),)}, "adds up to nothing"),

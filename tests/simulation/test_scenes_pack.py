@@ -38,8 +38,13 @@ def test_a_damaged_pack_is_refused(tmp_path):
 
 
 def test_a_rebuild_draws_the_shipped_pixels():
-    if (SHIPPED["numpy"], SHIPPED["pillow"]) != (np.__version__, PIL.__version__):
-        pytest.skip(f"pixels repeat under numpy {SHIPPED['numpy']} and pillow {SHIPPED['pillow']} only")
+    drew = f"numpy {SHIPPED['numpy']} and pillow {SHIPPED['pillow']}"
+    here = f"numpy {np.__version__} and pillow {PIL.__version__}"
+    if drew != here:
+        pytest.skip(
+            f"the shipped pixels were drawn by {drew}, here are {here}: other versions may draw a seed or round a "
+            "pixel otherwise, so a rebuild need not match; the shipped files' own digests are checked all the same"
+        )
     federation = demo_set()
     assert pixel_digest(federation) == SHIPPED["pixels_sha256"]
     assert sum(len(scenes) for _, scenes in folders(federation)) == 4 * DEMO_PHOTOS + 200 + 300 + 400

@@ -10,7 +10,7 @@ from PIL import Image
 from fedmpt.edge_client.datasets import read_folder
 from fedmpt.edge_client.labels import LabelRules
 from fedmpt.simulation.scenes import SceneError, SceneSpecification, draw_scenes
-from fedmpt.simulation.scenes_render import BACKGROUNDS
+from fedmpt.simulation.scenes_render import BACKGROUNDS, LIGHTINGS
 from fedmpt.simulation.scenes_sets import (
     FEDERATION_LABELS,
     federation_plan,
@@ -48,17 +48,27 @@ def test_every_client_shows_its_own_pairs_and_no_pair_twice():
             assert apart == pytest.approx(0.12, abs=0.08), (name, source, target)
 
 
-def test_the_sources_go_with_conditions_and_each_client_has_its_style():
-    plan = federation_plan(3)
-    assert len({specification.styles for specification in plan.clients.values()}) == 4
-    specification = plan.clients["client-1"]
-    link = specification.condition_links[0]
-    scenes = draw_scenes(small(specification), 300, 0)
-    shown = scenes.truth[:, FEDERATION_LABELS.index(link.label)] == 1
-    place = list(BACKGROUNDS).index(link.value)
-    assert link.factor == "background"
-    assert (scenes.background[shown] == place).mean() > 0.75
-    assert (scenes.background[~shown] == place).mean() < 0.4
+def test_the_sources_go_with_conditions_the_first_of_each_kind_the_strongest():
+    names = {"background": list(BACKGROUNDS), "lighting": list(LIGHTINGS)}
+    expected = (0.91, 0.75, 0.62, 0.92, 0.75)  # three backgrounds, two lightings
+    shares = []
+    for number, specification in enumerate(federation_plan(3).clients.values()):
+        scenes = draw_scenes(small(specification), 500, number)
+        factors = [link.factor for link in specification.condition_links]
+        assert factors == ["background"] * 3 + ["lighting"] * 2
+        for link in specification.condition_links:
+            found = getattr(scenes, link.factor) == names[link.factor].index(link.value)
+            shown = scenes.truth[:, FEDERATION_LABELS.index(link.label)] == 1
+            shares.append((found[shown].mean(), found[~shown].mean()))
+    present, absent = np.reshape(shares, (4, 5, 2)).transpose(2, 0, 1)
+    assert present.mean(0) == pytest.approx(expected, abs=0.07)
+    assert (present - absent).min() > 0.3
+
+
+def test_up_to_four_clients_have_a_style_of_their_own_and_more_share_them():
+    styles = [specification.styles for specification in federation_plan(3, clients=6).clients.values()]
+    assert len(set(styles[:4])) == 4
+    assert styles[4:] == styles[:2]
 
 
 def test_without_strength_nothing_is_planted():
