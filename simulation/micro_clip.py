@@ -4,7 +4,8 @@ CLIP's architecture in small (112 pixels, patches of 16, width 192) learns on ``
 batch of pictures and a list of captions a sigmoid loss (Zhai et al. 2023) is put on the similarity of every pair,
 once for the class token and once for the best patch; another on every patch and label, since scenes tell what lies
 where. So class token and patches both align with text. The result is a folder that
-``transformers.CLIPModel.from_pretrained`` loads. Same seed and thread count, same weights, also when resumed.
+``transformers.CLIPModel.from_pretrained`` loads. Same seed, threads and PyTorch, same weights, also when resumed.
+The scenes are drawn first, into 14.1 GB of files; the same command goes on where a training was interrupted.
 """
 
 from __future__ import annotations
@@ -13,20 +14,19 @@ import argparse
 import json
 import math
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch.nn import functional
-from transformers import CLIPModel
 
 from fedmpt.protocol.errors import FedmptError
-from fedmpt.protocol.files import atomic_path, write_atomically
 from fedmpt.simulation.micro_clip_captions import (
     ANCHORS,
     Caption,
@@ -39,10 +39,10 @@ from fedmpt.simulation.micro_clip_captions import (
     style_codes,
     truth_of,
 )
-from fedmpt.simulation.micro_clip_data import TrainingSet, render_training_set
+from fedmpt.simulation.micro_clip_checkpoint import Curve, load_checkpoint, save_checkpoint
+from fedmpt.simulation.micro_clip_data import SceneFolder, TrainingSet, check_room
 from fedmpt.simulation.micro_clip_model import WIDTH, image_tokens, make_model, save_model, text_features
 from fedmpt.simulation.micro_clip_tokenizer import make_tokenizer
-from fedmpt.simulation.scenes import Progress
 from fedmpt.simulation.scenes_sets import pretrain_specification
 from fedmpt.simulation.sprites import LABELS
 
@@ -83,16 +83,22 @@ class Recipe:
     checkpoint_every: int = 200
 
 
+RECIPE = Recipe()
+PICTURES = (60_000, 80_000, 80_000, 150_000)  # in each set of scenes
+ROW_EVERY = 50  # steps, of the curve
+Report = Callable[[str, str, int, int], None]  # what is done, a note or "", how much of it, of how much
+
+
+def _silent(task: str, note: str, done: int, total: int) -> None:
+    pass
+
+
 def pair_loss(
     similarity: torch.Tensor, truth: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor
 ) -> torch.Tensor:
     """Sigmoid loss of similarities ``[B, Q]`` against their truth, summed over captions, averaged over pictures."""
     logits = scale.exp() * similarity + bias
     return functional.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / len(similarity)
-
-
-class CheckpointError(FedmptError):
-    """A checkpoint that cannot be continued."""
 
 
 def learning_rate(stage: Stage, step: int) -> float:
@@ -196,93 +202,108 @@ class Trainer:
         longest = self.recipe.longest_context
         return map(torch.from_numpy, context_runs(captions, generator, size, longest, self.codes))
 
-    def save(self, path: Path) -> None:
-        """Write a checkpoint: weights, optimiser moments, step and recipe."""
-        tensors = {f"weight.{name}": p.detach() for name, p in self.parameters.items()}
-        for name, parameter in self.parameters.items():
-            for moment in ("exp_avg", "exp_avg_sq"):
-                state = self.optimizer.state.get(parameter)
-                if state:
-                    tensors[f"{moment}.{name}"] = state[moment]
-        metadata = {"step": str(self.step), "recipe": json.dumps(asdict(self.recipe))}
-        with atomic_path(path) as temporary:
-            save_file({k: v.contiguous().clone() for k, v in tensors.items()}, temporary, metadata)
 
-    def load(self, path: Path) -> None:
-        """Go on from a checkpoint of the same recipe.
-
-        :raises CheckpointError: the checkpoint is of another recipe
-        """
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-            if metadata["recipe"] != json.dumps(asdict(self.recipe)):
-                raise CheckpointError(f"{path} is a checkpoint of another recipe: train into another folder")
-            self.step = int(metadata["step"])
-            for name, parameter in self.parameters.items():
-                parameter.data.copy_(file.get_tensor(f"weight.{name}"))
-                moments = {m: file.get_tensor(f"{m}.{name}") for m in ("exp_avg", "exp_avg_sq")}
-                self.optimizer.state[parameter] = {"step": torch.tensor(float(self.step)), **moments}
-
-
-def train(
-    recipe: Recipe, scenes: Sequence[TrainingSet], folder: Path, progress: Progress | None = None
-) -> CLIPModel:
+def train(recipe: Recipe, scenes: Sequence[SceneFolder], folder: Path, report: Report = _silent) -> Path:
     """Train on the sets of scenes that the stages name, or go on where `folder`'s checkpoint stands.
 
-    Writes the checkpoint, the curve and, at the end, the model into `folder`.
+    Draws the scenes that are missing, writes checkpoint and curve into `folder`, at the end the model, and returns
+    the model's folder.
+
+    :raises CheckpointError: the checkpoint is damaged, or of another recipe or other scenes
+    :raises SceneError: a set of scenes is damaged or another one, or the disk is too full
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint, rows = folder / "checkpoint.safetensors", folder / "curve.csv"
+    for path in (checkpoint, rows):
+        for leftover in folder.glob(f".{path.name}.*.part"):  # of a training that was killed while it wrote
+            leftover.unlink()
     trainer = Trainer(recipe)
-    checkpoint, curve = folder / "checkpoint.safetensors", folder / "curve.csv"
+    origin = {"recipe": json.dumps(asdict(recipe)), "set of scenes": " ".join(each.digest for each in scenes)}
     if checkpoint.exists():
-        trainer.load(checkpoint)
-    rows = curve.read_text("utf-8").splitlines() if curve.exists() and trainer.step else ["step,loss,seconds"]
-    rows = [rows[0]] + [row for row in rows[1:] if int(row.split(",")[0]) <= trainer.step]
-    begun, losses = time.monotonic(), []
+        trainer.step = load_checkpoint(checkpoint, trainer.parameters, trainer.optimizer, origin)
     total = sum(stage.steps for stage in recipe.stages)
+    sets = _rendered(scenes, folder, report) if trainer.step < total else []
+    curve = Curve(rows, trainer.step)
+    curve.write()  # a folder that cannot be written to shows now
+    losses: list[float] = []
     while trainer.step < total:
-        losses.append(trainer.train_step(scenes[recipe.stages[trainer.stage()[0]].scenes - 1]))
-        if trainer.step % 50 == 0:
-            rows.append(f"{trainer.step},{np.mean(losses):.4f},{time.monotonic() - begun:.0f}")
+        losses.append(trainer.train_step(sets[recipe.stages[trainer.stage()[0]].scenes - 1]))
+        keep = trainer.step % recipe.checkpoint_every == 0 or trainer.step == total
+        note = ""
+        if keep or trainer.step % ROW_EVERY == 0:
+            note = curve.add(trainer.step, float(np.mean(losses)))
             losses = []
-        if trainer.step % recipe.checkpoint_every == 0 or trainer.step == total:
-            trainer.save(checkpoint)
-            write_atomically(curve, "\n".join(rows) + "\n")
-        if progress is not None:
-            progress(trainer.step, total)
+        if keep:
+            curve.write()  # first: rows beyond the checkpoint do no harm, missing ones would
+            save_checkpoint(checkpoint, trainer.parameters, trainer.optimizer, trainer.step, origin)
+        report("training", note if keep else "", trainer.step, total)
     save_model(trainer.model, trainer.tokenizer, folder / "micro-clip")
-    return trainer.model
+    return folder / "micro-clip"
+
+
+def _rendered(scenes: Sequence[SceneFolder], folder: Path, report: Report) -> list[TrainingSet]:
+    """All sets, once it is sure that none of them will fail."""
+    check_room(folder, scenes)
+    return [each.render(partial(report, each.path.name, "")) for each in scenes]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Render the scenes of all stages, train, write the model."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Train and say where the model is; returns 0 done, 1 failed, 130 interrupted."""
+    parser = argparse.ArgumentParser(prog="python -m fedmpt.simulation.micro_clip", description=__doc__)
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder of scenes, checkpoint, curve and model"
+        "--out", type=Path, required=True, help="folder of scenes (14.1 GB), checkpoint, curve and model"
     )
-    parser.add_argument("--seed", type=int, default=Recipe.seed)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=RECIPE.seed, help="of weights and batches (0)")
+    parser.add_argument("--threads", type=int, default=1, help="processor cores to use (1)")
     arguments = parser.parse_args(argv)
+    if not 1 <= arguments.threads <= 1024:
+        parser.error("--threads must be from 1 to 1024")
+    if not 0 <= arguments.seed < 1 << 32:
+        parser.error("--seed must be from 0 to 4294967295")
     torch.set_num_threads(arguments.threads)
     out: Path = arguments.out
     scenes = [
-        render_training_set(
-            out / f"scenes-{number}",
-            pretrain_specification(min(number, 3)),
-            count,
-            number - 1,
-            _shown(f"scenes {number}"),
-        )
-        for number, count in enumerate((60_000, 80_000, 80_000, 150_000), start=1)
+        SceneFolder(out / f"scenes-{number}", pretrain_specification(min(number, 3)), count, number - 1)
+        for number, count in enumerate(PICTURES, start=1)
     ]
-    train(Recipe(seed=arguments.seed), scenes, out, _shown("training"))
+    try:
+        with _shown() as report:
+            model = train(replace(RECIPE, seed=arguments.seed), scenes, out, report)
+    except KeyboardInterrupt:
+        print("micro_clip: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except FedmptError as error:
+        print(f"micro_clip: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        place, reason = error.filename or out, error.strerror or error
+        print(
+            f"micro_clip: {place}: {reason}; give --out a folder that you may write, with room",
+            file=sys.stderr,
+        )
+        return 1
+    print(f"model: {model}")
     return 0
 
 
-def _shown(what: str) -> Progress | None:
-    """A line on stderr that counts, where that is a terminal."""
-    if not sys.stderr.isatty():
-        return None
-    return lambda done, total: print(f"\r{what}: {done}/{total}", end="", file=sys.stderr, flush=True)
+@contextmanager
+def _shown() -> Iterator[Report]:
+    """Bars on stderr where that is a terminal; else lines for a log, at checkpoints and every 10,000 pictures."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    tasks: dict[str, TaskID] = {}
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+
+        def report(task: str, note: str, done: int, total: int) -> None:
+            if not console.is_terminal:
+                if note or done % 10_000 == 0 or done == total:
+                    print(f"{task}: {done}/{total}{note and ', '}{note}", file=sys.stderr, flush=True)
+                return
+            if task not in tasks:
+                tasks[task] = bars.add_task(task, total=total, completed=done)
+            bars.update(tasks[task], completed=done, description=f"{task}, {note}" if note else None)
+
+        yield report
 
 
 if __name__ == "__main__":

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -16,7 +20,7 @@ from fedmpt.simulation.scenes import (
     POSES,
     SCALES,
     SIZE,
-    Progress,
+    SceneError,
     SceneSet,
     SceneSpecification,
     draw_scenes,
@@ -24,6 +28,7 @@ from fedmpt.simulation.scenes import (
 from fedmpt.simulation.scenes_render import LIGHTINGS
 
 CHUNK = 1000
+SPARE_BYTES = 300_000_000  # for what a training writes beside its scenes
 PATCH = 16
 GRID = SIZE // PATCH
 ATTRIBUTES: tuple[str, ...] = (*SCALES, *POSES, *LAYOUTS)  # of single objects
@@ -49,53 +54,119 @@ class TrainingSet:
         return np.flatnonzero(bright & self.shown.any(1) & ~small)
 
 
-def render_training_set(
-    folder: Path, specification: SceneSpecification, count: int, seed: int, progress: Progress | None = None
-) -> TrainingSet:
-    """Draw `count` pictures into `folder`, or open what lies there already; goes on after an interruption."""
-    folder.mkdir(parents=True, exist_ok=True)
-    done_file = folder / "done.json"
-    first = hashlib.sha256(draw_scenes(specification, 1, seed).pixels.tobytes()).hexdigest()
-    identity = {"count": count, "seed": seed, "specification": repr(specification), "first": first}
-    done = 0
-    if done_file.exists():
-        found = json.loads(done_file.read_text("utf-8"))
-        done = found.pop("done") if {k: found.get(k) for k in identity} == identity else 0
-    mode = "r+" if done else "w+"
-    labels = len(specification.labels)
-    shapes = {
-        "pixels": (np.uint8, (SIZE, SIZE, 3)),
-        "attributes": (np.bool_, (labels, 1 + len(ATTRIBUTES))),
-        "factors": (np.int8, (3,)),
-        "patch_labels": (np.int8, (GRID * GRID,)),
-    }
-    arrays = {
-        name: np.lib.format.open_memmap(folder / f"{name}.npy", mode, dtype, (count, *shape))
-        for name, (dtype, shape) in shapes.items()
-    }
-    while done < count:
-        scenes = draw_scenes(specification, min(CHUNK, count - done), seed, start=done)
-        part = slice(done, done + len(scenes))
-        arrays["pixels"][part] = scenes.pixels
-        arrays["attributes"][part] = object_attributes(scenes)
-        arrays["patch_labels"][part] = object_patches(scenes)
-        arrays["factors"][part] = np.stack([scenes.background, scenes.lighting, scenes.style], axis=1)
-        for array in arrays.values():
-            array.flush()
-        done = part.stop
-        write_atomically(done_file, json.dumps({**identity, "done": done}).encode())
-        if progress is not None:
-            progress(done, count)
-    attributes, (background, lighting, style) = arrays["attributes"], np.asarray(arrays["factors"]).T
-    return TrainingSet(
-        arrays["pixels"],
-        attributes[..., 0],
-        attributes[..., 1:],
-        background,
-        lighting,
-        style,
-        np.asarray(arrays["patch_labels"]),
-    )
+@dataclass(frozen=True)
+class SceneFolder:
+    """A folder for a training set, and what the set is drawn from."""
+
+    path: Path
+    specification: SceneSpecification
+    count: int
+    seed: int
+
+    @cached_property
+    def identity(self) -> dict[str, object]:
+        """What the pictures depend on; the first one stands for the code that draws."""
+        first = hashlib.sha256(draw_scenes(self.specification, 1, self.seed).pixels.tobytes()).hexdigest()
+        specification = repr(self.specification)
+        return {"count": self.count, "seed": self.seed, "specification": specification, "first": first}
+
+    @property
+    def digest(self) -> str:
+        """Of the identity, hexadecimal."""
+        return hashlib.sha256(json.dumps(self.identity).encode()).hexdigest()
+
+    def missing_bytes(self) -> int:
+        """How much more disk the whole set takes.
+
+        :raises SceneError: another set lies here, or a damaged one
+        """
+        each = sum(np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in self._layout().values())
+        return each * (self.count - self._done())
+
+    def render(self, progress: Callable[[int, int], None] | None = None) -> TrainingSet:
+        """Draw the pictures, or open what lies here already; goes on after an interruption.
+
+        :raises SceneError: another set lies here, or a damaged one
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        done = self._done()
+        arrays = self._arrays("r+" if done else "w+")
+        while done < self.count:
+            scenes = draw_scenes(self.specification, min(CHUNK, self.count - done), self.seed, start=done)
+            part = slice(done, done + len(scenes))
+            arrays["pixels"][part] = scenes.pixels
+            arrays["attributes"][part] = object_attributes(scenes)
+            arrays["patch_labels"][part] = object_patches(scenes)
+            arrays["factors"][part] = np.stack([scenes.background, scenes.lighting, scenes.style], axis=1)
+            for array in arrays.values():
+                array.flush()
+            done = part.stop
+            write_atomically(self._done_file, json.dumps({**self.identity, "done": done}))
+            if progress is not None:
+                progress(done, self.count)
+        attributes, (background, lighting, style) = arrays["attributes"], np.asarray(arrays["factors"]).T
+        return TrainingSet(
+            arrays["pixels"],
+            attributes[..., 0],
+            attributes[..., 1:],
+            background,
+            lighting,
+            style,
+            np.asarray(arrays["patch_labels"]),
+        )
+
+    @property
+    def _done_file(self) -> Path:
+        return self.path / "done.json"
+
+    def _layout(self) -> dict[str, tuple[type[np.generic], tuple[int, ...]]]:
+        """What is kept of every picture: type and shape."""
+        return {
+            "pixels": (np.uint8, (SIZE, SIZE, 3)),
+            "attributes": (np.bool_, (len(self.specification.labels), 1 + len(ATTRIBUTES))),
+            "factors": (np.int8, (3,)),
+            "patch_labels": (np.int8, (GRID * GRID,)),
+        }
+
+    def _arrays(self, mode: Literal["r", "r+", "w+"]) -> dict[str, np.memmap]:
+        return {
+            name: np.lib.format.open_memmap(self.path / f"{name}.npy", mode, dtype, (self.count, *shape))
+            for name, (dtype, shape) in self._layout().items()
+        }
+
+    def _done(self) -> int:
+        """How many pictures lie here, whole and drawn from the same."""
+        if not self._done_file.exists():
+            return 0
+        try:
+            found = json.loads(self._done_file.read_text("utf-8"))
+            done = int(found.pop("done"))
+            if found != self.identity:
+                raise SceneError(f"{self.path}: holds other scenes; delete it or choose another folder")
+            for name, array in self._arrays("r").items():
+                dtype, shape = self._layout()[name]
+                if array.dtype != np.dtype(dtype) or array.shape != (self.count, *shape):
+                    raise ValueError(f"{name}.npy has another type or shape")
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise SceneError(
+                f"{self.path}: its scenes are damaged ({error}); delete the folder, and they are drawn again"
+            ) from error
+        return done
+
+
+def check_room(folder: Path, scenes: Sequence[SceneFolder]) -> None:
+    """See that all that is missing of `scenes`, which lie in `folder`, has room on the disk.
+
+    Memory maps take no room before they are written to, and on a full disk the process is killed then.
+
+    :raises SceneError: too little room, or a set cannot be continued
+    """
+    missing = sum(each.missing_bytes() for each in scenes)
+    if missing and (free := shutil.disk_usage(folder).free) < missing + SPARE_BYTES:
+        raise SceneError(
+            f"{folder}: the scenes need {(missing + SPARE_BYTES) / 1e9:.1f} GB more and {free / 1e9:.1f} GB are "
+            "free; free some space or choose another folder"
+        )
 
 
 def object_attributes(scenes: SceneSet) -> np.ndarray:

@@ -1,20 +1,21 @@
 """The micro-CLIP: it can be trained, resumed to the same bits, and the shipped weights are a CLIP that works."""
 
-from dataclasses import replace
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save
 from transformers import CLIPModel, CLIPProcessor
 
-from fedmpt.simulation.micro_clip import (
-    CheckpointError,
-    Recipe,
-    Stage,
-    Trainer,
-    train,
-)
-from fedmpt.simulation.micro_clip_data import render_training_set
+from fedmpt.simulation import micro_clip
+from fedmpt.simulation.micro_clip import Recipe, Stage, Trainer, train
+from fedmpt.simulation.micro_clip_checkpoint import CheckpointError
+from fedmpt.simulation.micro_clip_data import SceneFolder
 from fedmpt.simulation.micro_clip_evaluation import (
     encode_scenes,
     mean_average_precision,
@@ -35,41 +36,28 @@ from fedmpt.simulation.scenes_sets import pretrain_specification
 COUNT = 48
 TINY = Recipe(
     stages=(
-        Stage(1, 3, 3, 1e-3, 0.0, 10.0, easy_until=0.3, anchors_until=0.7),
-        Stage(2, 3, 4, 1e-3, 0.0, 4.0, of_photos=True),
+        Stage(1, 4, 4, 1e-3, 0.0, 10.0, easy_until=0.3, anchors_until=0.75),
+        Stage(2, 2, 4, 1e-3, 0.0, 4.0, anchors_until=1.0, of_photos=True),
     ),
     batch=4,
     captions=4,
-    checkpoint_every=3,
+    checkpoint_every=2,
 )
 
 
 @pytest.fixture(scope="module")
-def scenes(tmp_path_factory):
-    return render_training_set(tmp_path_factory.mktemp("scenes"), pretrain_specification(), COUNT, 0)
+def folder(tmp_path_factory):
+    return SceneFolder(tmp_path_factory.mktemp("scenes"), pretrain_specification(), COUNT, 0)
+
+
+@pytest.fixture(scope="module")
+def scenes(folder):
+    return folder.render()
 
 
 @pytest.fixture(scope="module")
 def shipped():
     return load_micro_clip()
-
-
-def test_the_training_set_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, scenes):
-    monkeypatch.setattr("fedmpt.simulation.micro_clip_data.CHUNK", 20)
-
-    def interrupt(done, total):
-        if done == 40:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        render_training_set(tmp_path, pretrain_specification(), COUNT, 0, interrupt)
-    begun = []
-    resumed = render_training_set(
-        tmp_path, pretrain_specification(), COUNT, 0, lambda done, total: begun.append(done)
-    )
-    assert begun == [48]
-    assert np.array_equal(resumed.pixels, scenes.pixels)
-    assert np.array_equal(resumed.attributes, scenes.attributes)
 
 
 def test_the_vocabulary_is_laid_out_like_clips_own():
@@ -91,25 +79,188 @@ def test_a_few_steps_reduce_the_loss(scenes):
     assert np.mean(losses[-3:]) < 0.9 * np.mean(losses[:3])
 
 
-def test_a_resumed_training_ends_at_the_same_bits(tmp_path, scenes):
-    torch.set_num_threads(1)
-    whole = train(TINY, (scenes, scenes), tmp_path / "whole")
+def stop_at(step):
+    """A report that interrupts the training after `step`."""
 
-    def interrupt(done, total):
-        if done == 4:
+    def report(task, note, done, total):
+        if task == "training" and done == step:
             raise KeyboardInterrupt
 
+    return report
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, folder):
+    """The folder of a training without interruption."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("finished")
+    train(TINY, (folder, folder), out)
+    return out
+
+
+@pytest.fixture
+def begun(tmp_path, finished):
+    """A folder with a checkpoint of the whole training, to be changed."""
+    shutil.copy(finished / "checkpoint.safetensors", tmp_path)
+    return tmp_path
+
+
+def test_a_training_resumed_in_the_middle_of_stages_ends_at_the_same_bits(tmp_path, folder, finished):
+    for step in (
+        3,
+        5,
+    ):  # goes on from 2, where anchors help, and from 4, where they rest until the second stage
+        with pytest.raises(KeyboardInterrupt):
+            train(TINY, (folder, folder), tmp_path, stop_at(step))
+    model = train(TINY, (folder, folder), tmp_path)
+    for path in (tmp_path / "checkpoint.safetensors", model / "model.safetensors"):
+        whole, resumed = load_file(finished / path.relative_to(tmp_path)), load_file(path)
+        assert whole.keys() == resumed.keys()
+        for name, tensor in whole.items():
+            assert torch.equal(tensor, resumed[name]), name
+
+
+def test_a_training_without_anchors_can_be_resumed(tmp_path, folder):
+    recipe = replace(TINY, stages=(Stage(1, 2, 2, 1e-3, 0.0, 10.0),), checkpoint_every=1)
     with pytest.raises(KeyboardInterrupt):
-        train(TINY, (scenes, scenes), tmp_path / "parts", interrupt)
-    resumed = train(TINY, (scenes, scenes), tmp_path / "parts")
-    for name, weight in whole.state_dict().items():
-        assert torch.equal(weight, resumed.state_dict()[name]), name
+        train(recipe, (folder,), tmp_path, stop_at(1))
+    train(recipe, (folder,), tmp_path)
+    names = load_file(tmp_path / "checkpoint.safetensors").keys()
+    assert "exp_avg.biases" in names
+    assert "exp_avg.anchors" not in names
 
 
-def test_a_checkpoint_of_another_recipe_is_refused(tmp_path, scenes):
-    Trainer(TINY).save(tmp_path / "checkpoint.safetensors")
-    with pytest.raises(CheckpointError, match="another recipe: train into another folder"):
-        train(replace(TINY, seed=7), (scenes, scenes), tmp_path)
+def test_the_curve_of_a_resumed_training_goes_on_in_rows_and_seconds(tmp_path, folder, monkeypatch):
+    monkeypatch.setattr(micro_clip, "ROW_EVERY", 1)
+    recipe = replace(TINY, stages=TINY.stages[:1])
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, (folder,), tmp_path, stop_at(2))
+    curve = tmp_path / "curve.csv"
+    head, first, second = curve.read_text().splitlines()
+    beyond = "3,9.9999,9999"  # written before a checkpoint that was not
+    curve.write_text("\n".join([head, first, second.rsplit(",", 1)[0] + ",5000", beyond]) + "\n")
+    train(recipe, (folder,), tmp_path)
+    rows = [row.split(",") for row in curve.read_text().splitlines()[1:]]
+    assert [row[0] for row in rows] == ["1", "2", "3", "4"]
+    assert 5000 <= int(rows[2][2]) <= int(rows[3][2]) < 6000
+
+
+def test_what_a_killed_training_left_half_written_is_removed(folder, begun):
+    leftover = begun / ".checkpoint.safetensors.0123456789abcdef.part"
+    leftover.touch()
+    train(TINY, (folder, folder), begun)
+    assert not leftover.exists()
+
+
+def test_a_finished_training_writes_its_model_without_scenes(begun, folder, tmp_path_factory):
+    nowhere = replace(folder, path=tmp_path_factory.mktemp("none") / "scenes")
+    model = train(TINY, (nowhere, nowhere), begun)
+    assert (model / "model.safetensors").exists()
+    assert not nowhere.path.exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "seed", "wanted"),
+    [
+        (replace(TINY, seed=7), 0, "another recipe; train into another folder"),
+        (TINY, 1, "another set of scenes; train into another folder"),
+    ],
+)
+def test_a_checkpoint_of_another_training_is_refused_before_scenes_are_drawn(
+    begun, folder, recipe, seed, wanted
+):
+    other = replace(folder, path=begun / "scenes", seed=seed)
+    with pytest.raises(CheckpointError, match=wanted):
+        train(recipe, (other, other), begun)
+    assert not other.path.exists()
+
+
+def test_other_threads_go_on_and_say_so(begun, folder, capsys):
+    torch.set_num_threads(2)
+    try:
+        train(TINY, (folder, folder), begun)
+    finally:
+        torch.set_num_threads(1)
+    line = f"trained with threads 1 and torch {torch.__version__}, goes on with threads 2 and"
+    assert line in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_refused(begun, folder):
+    path = begun / "checkpoint.safetensors"
+    whole = path.read_bytes()
+    foreign = save({"weight": torch.zeros(2)})
+    older = save(load_file(path), {"step": "6", "recipe": json.dumps(asdict(TINY))})
+    for content in (b"", b"nonsense" * 9, whole[:-9], foreign, older):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"checkpoint\.safetensors: damaged, or no .* delete it"):
+            train(TINY, (folder, folder), begun)
+
+
+def run_main(capsys, *words):
+    """Exit status and what was said on stderr, of the command."""
+    try:
+        status = micro_clip.main([*map(str, words)])
+    except SystemExit as end:
+        status = end.code
+    return status, capsys.readouterr().err
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A command that trains for one step on few pictures."""
+    torch.set_num_threads(1)
+    recipe = replace(TINY, stages=(Stage(2, 1, 1, 1e-3, 0.0, 1.0),))
+    monkeypatch.setattr(micro_clip, "RECIPE", recipe)
+    monkeypatch.setattr(micro_clip, "PICTURES", (8, 8))
+
+
+def test_the_command_shows_life_in_a_log_and_says_where_the_model_is(tmp_path, small, capsys):
+    assert micro_clip.main(["--out", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert said.out == f"model: {tmp_path / 'micro-clip'}\n"
+    first, second, trained = said.err.splitlines()[:3]  # what follows is transformers' own, about its file
+    assert [first, second] == ["scenes-1: 8/8", "scenes-2: 8/8"]
+    assert re.fullmatch(r"training: 1/1, loss [\d.]+, \d+ s", trained)
+
+
+@pytest.mark.parametrize("option", [("--threads", 0), ("--threads", "x"), ("--seed", -1)])
+def test_wrong_usage_is_exit_status_2(tmp_path, small, capsys, option):
+    status, said = run_main(capsys, "--out", tmp_path, *option)
+    assert status == 2
+    assert option[0] in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_place_that_cannot_be_a_folder_is_one_line(tmp_path, small, capsys, place):
+    (tmp_path / "file").touch()
+    status, said = run_main(capsys, "--out", tmp_path / place)
+    assert status == 1
+    assert re.fullmatch(rf"micro_clip: \S+/{place}: .*; give --out a folder that you may write.*\n", said)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written_is_one_line(tmp_path, small, capsys):
+    tmp_path.chmod(0o500)
+    status, said = run_main(capsys, "--out", tmp_path)
+    assert status == 1
+    assert re.fullmatch(r"micro_clip: .*Permission denied; give --out a folder that you may write.*\n", said)
+
+
+def test_a_foreign_checkpoint_is_one_line(tmp_path, small, capsys):
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"nonsense")
+    status, said = run_main(capsys, "--out", tmp_path)
+    assert status == 1
+    assert re.fullmatch(r"micro_clip: .*checkpoint\.safetensors: damaged.*delete it.*\n", said)
+
+
+def test_an_interrupted_command_says_how_to_go_on(tmp_path, small, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "train_step", interrupt)
+    status, said = run_main(capsys, "--out", tmp_path)
+    assert status == 130
+    assert "the same command goes on from the last checkpoint" in said
 
 
 def test_a_saved_model_loads_as_any_clip_and_says_the_same(tmp_path):
