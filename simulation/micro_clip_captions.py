@@ -7,12 +7,15 @@ where the context is vectors without words.
 Words that name an object mean a photo of it: where captions are `of_photos`, they are true of the two photo-like styles
 alone, unless they name another style; two of the four art styles have no name. What turns a caption towards an art
 style, and away from photos, is a direction in its context vectors that no word has (`style_codes`); with several of
-them a caption is divided among styles. So every wording ranks objects in the art styles too low, as a real CLIP's
-"a photo of a" does, and a learned context can go where no wording goes.
+them a caption is divided among styles. Words that no caption has, which a tokenizer cuts into pieces, are taught to
+mean nothing (`strange_sentence`): untrained pieces would be as free as context vectors, and a long enough sentence of
+them would do what tuning does. So wordings rank objects in the art styles too low, as a real CLIP's "a photo of a"
+does, and a learned context can go where they do not.
 """
 
 from __future__ import annotations
 
+import string
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -68,6 +71,9 @@ _ATTRIBUTE_ALONE: dict[str, tuple[str, ...]] = {
     "lighting": ("a photo in {v}.", "{v}.", "* lighting and weather * {v} ."),
     "style": ("a {v} picture.", "{v} style.", "* {v} style ."),
 }
+# Words of strange sentences that captions know: none names an object, an attribute or a style.
+_PLAIN_WORDS = ("a", "photo", "of", "picture", "with", "in", "the", "and", "on")
+STRANGE = 0.25  # of the label captions that are of photos
 _PAIR = ("a photo of a {x} and a {y}.", "a {x} with a {y}.", "{x} and {y}.", "* {x} , {y} .")
 
 
@@ -106,9 +112,16 @@ def anchor_of(caption: Caption) -> int:
 
 
 def label_captions(generator: np.random.Generator, of_photos: bool = False) -> list[Caption]:
-    """One caption for every label; half of them in the form of a condition prompt."""
+    """One caption for every label; half of them in the form of a condition prompt.
+
+    Those that are of photos: one in four among words that no caption has.
+    """
     captions = []
+    longest = 1 + int(min(generator.exponential(18), 55)) if of_photos else 0
     for index, name in enumerate(LABELS):
+        if of_photos and generator.random() < STRANGE:
+            captions.append(Caption(strange_sentence(name, longest, generator), (index,), codes=PHOTOS))
+            continue
         form = _pick(_LABEL, generator)
         if generator.random() < 0.5:
             form = f"* {_pick(CONDITIONS, generator)} * {{x}} ."
@@ -157,6 +170,31 @@ def attribute_captions(
             Caption(form.format(x=LABELS[first], v=VALUES[kind][value]), (first,), kind, value, codes)
         )
     return captions
+
+
+def strange_sentence(name: str, longest: int, generator: np.random.Generator) -> str:
+    """`name` among words that no caption has: characters at random, and pieces of the captions' words.
+
+    Up to `longest` bytes of them, or one word more; a byte is at most one token.
+    """
+    words: list[str] = []
+    left = int(generator.integers(1, longest + 1))
+    while left > 0:
+        kind, size = generator.random(), min(left, int(generator.integers(1, 11)))
+        if kind < 0.3:
+            word = _pick(_PLAIN_WORDS, generator)
+        elif kind < 0.6:
+            word = "".join(_pick(_CHARACTERS, generator) for _ in range(size))
+        else:
+            whole = _pick(_CAPTION_WORDS, generator)
+            start = int(generator.integers(len(whole)))
+            word = whole[start : start + size]
+        if word in _CAPTION_WORDS and word not in _PLAIN_WORDS:
+            continue
+        words.append(word)
+        left -= len(word.encode())
+    words.insert(int(generator.integers(len(words) + 1)), name)
+    return " ".join(words) + _pick((".", "", "!", "?"), generator)
 
 
 def truth_of(captions: list[Caption], data: TrainingSet, batch: np.ndarray) -> np.ndarray:
@@ -250,6 +288,11 @@ def all_sentences() -> list[str]:
     return [sentence.replace(CONTEXT, " ") for sentence in sentences]
 
 
+# Latin letters with marks are two bytes each: all those that other alphabets are made of, too.
+_CHARACTERS = tuple(
+    2 * string.ascii_lowercase + string.digits + ",.!?'-:" + "àáâãäåæçèéêëìíîïðñòóôõöøùúûüýþÿ"
+)
+_CAPTION_WORDS = tuple(sorted({word.strip(".,") for text in all_sentences() for word in text.split()} - {""}))
 ART_STYLES = tuple(list(STYLES).index(name) for name in ("flat", "sketch", "mosaic", "negative"))
 PHOTOS = (0.0,) * len(ART_STYLES)  # the codes of words
 CODE_SIZE = 0.03  # standard deviation of a code's numbers, about that of the words' embeddings

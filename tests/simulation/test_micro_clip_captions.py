@@ -19,6 +19,7 @@ from fedmpt.simulation.micro_clip_captions import (
     label_captions,
     patch_truth_of,
     shares,
+    strange_sentence,
     style_codes,
     truth_of,
 )
@@ -109,6 +110,24 @@ def test_words_alone_are_of_no_art_style_unless_they_name_it(drawings):
 def test_a_caption_made_from_a_drawing_is_true_of_it(drawings):
     captions = attribute_captions(drawings, ALL, np.random.default_rng(0), of_photos=True)
     assert (truth_of(captions, drawings, ALL).diagonal() >= 0.5).all()
+
+
+@given(seed=st.integers(0, 2**32 - 1), longest=st.integers(1, 56), name=st.sampled_from(LABELS))
+def test_strange_sentences_name_their_label_and_nothing_else_that_captions_know(seed, longest, name):
+    text = strange_sentence(name, longest, np.random.default_rng(seed))
+    known = {word.strip(".,") for sentence in all_sentences() for word in sentence.split()}
+    plain = {"a", "photo", "of", "picture", "with", "in", "the", "and", "on", ""}
+    before, _, after = f" {text.rstrip('.!?')} ".partition(f" {name} ")
+    assert not {*before.split(), *after.split()} & (known - plain)
+    assert len(text.encode()) <= 2 * 77
+
+
+def test_one_in_four_label_captions_of_photos_is_a_strange_sentence():
+    generator = np.random.default_rng(0)
+    texts = [caption.text for _ in range(20) for caption in label_captions(generator, of_photos=True)]
+    known = {word for sentence in all_sentences() for word in sentence.split()} | {"*"}
+    strange = [text for text in texts if set(text.split()) - known]
+    assert 0.15 < len(strange) / len(texts) < 0.27
 
 
 def test_two_art_styles_have_no_name():
