@@ -38,7 +38,7 @@ from typing import Any
 import numpy as np
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion
-from record import Row, append_record, interleave, machine_floor, print_rows
+from record import Row, append_record, copy_floor, interleave, print_rows
 
 from fedmpt.aggregator.certificates import mosquitto_durability
 from fedmpt.aggregator.strategies import Contribution, StrategySettings, aggregate
@@ -391,7 +391,7 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=5, help="%(default)s")
     options = parser.parse_args()
-    floor = machine_floor()
+    floor = {"copy_bytes": copy_floor()}
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="fedmpt-bench-") as root:
         for count in options.clients:

@@ -75,7 +75,7 @@ def main(names: Sequence[str]) -> int:
             continue
         records = [json.loads(line) for line in path.read_text().splitlines()]
         for newest in newest_of(path):
-            outcome = compare(newest, records[: records.index(newest)])
+            outcome = compare(newest, records[: newest["line"]])
             total.compared += outcome.compared
             total.slower += outcome.slower
             total.left_out += outcome.left_out

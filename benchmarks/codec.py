@@ -2,9 +2,10 @@
 
 ``python benchmarks/codec.py``: an update (the difference to the base state) in each encoding, and a state, for
 three sets of tensors with 5 conditions: ViT-B/16's prompts alone, micro-CLIP and ViT-B/16 with adapters and gate.
-The alternatives hold the same float32 tensors: ``torch.save`` and ``torch.load`` of a PyTorch state dict, and
-``pickle`` of a dictionary of NumPy arrays. Our reading includes the checks of names, shapes and finiteness,
-which they leave to their callers. Times are processor time of one thread.
+The alternatives hold the same float32 tensors: ``torch.save`` and ``torch.load`` of a PyTorch state dict, the same of
+one converted to float16, with which the float16 update is compared, and ``pickle`` of a dictionary of NumPy arrays.
+Our reading includes the checks of names, shapes and finiteness, which they leave to their callers. Times are processor
+time of one thread.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
-from record import Row, append_record, interleave, machine_floor, print_rows
+from record import Row, append_record, interleave, print_rows
 
 from fedmpt.protocol.codec import (
     State,
@@ -35,7 +36,7 @@ from fedmpt.protocol.manifest import TensorSpec
 
 CONDITIONS, CONTEXT, RANK = 5, 4, 32
 ITEM_BYTES = {"update, float32": 4, "update, float16": 2, "update, int8": 1}
-ALTERNATIVE = "torch.save"
+ALTERNATIVE, HALVED = "torch.save", "torch.save, float16"
 COPY = "a copy of the tensors, in memory"
 CALLS = 20
 """Calls in one sample: a single one is too short to time."""
@@ -64,7 +65,7 @@ def main() -> None:
     }
     rows = [row for name, shapes in tensors.items() for row in measure(name, shapes, arguments.repeats)]
     print_rows("Payloads", rows)
-    append_record("codec", rows, floor=machine_floor())
+    append_record("codec", rows)
 
 
 def prompts(text_width: int) -> dict[str, tuple[int, ...]]:
@@ -109,16 +110,16 @@ def measure(name: str, shapes: Mapping[str, tuple[int, ...]], repeats: int) -> l
 
     def rows_of(unit: str, samples: Mapping[str, list[float]], copied: float | None = None) -> list[Row]:
         """``copied`` is the time of a plain copy of float32 values; bytes have the tensors' own as floor."""
-        base = Row(ALTERNATIVE, unit, samples[ALTERNATIVE])
         rows = []
         for case, numbers in samples.items():
-            item = ITEM_BYTES.get(case, 4)
+            item = (ITEM_BYTES | {HALVED: 2}).get(case, 4)
+            other = HALVED if case == "update, float16" else ALTERNATIVE
             row = Row(case, unit, numbers, parameters)
             if case != COPY:
                 floor = item * values if copied is None else copied * (4 + item) / 8
                 row = dataclasses.replace(row, floor=floor)
             if case not in (ALTERNATIVE, COPY):
-                row = row.compared_with(base)
+                row = row.compared_with(Row(other, unit, samples[other]))
             rows.append(row)
         return rows
 
@@ -151,8 +152,17 @@ def forms(difference: State) -> dict[str, Form]:
         torch.save(state_dict, file)
         return file.getvalue()
 
+    def save_halved() -> bytes:
+        file = io.BytesIO()
+        torch.save({name: tensor.half() for name, tensor in state_dict.items()}, file)
+        return file.getvalue()
+
     return {
         ALTERNATIVE: Form(save, lambda data: torch.load(io.BytesIO(data))),
+        HALVED: Form(
+            save_halved,
+            lambda data: {name: tensor.float() for name, tensor in torch.load(io.BytesIO(data)).items()},
+        ),
         "pickle of NumPy arrays": Form(lambda: pickle.dumps(difference, protocol=5), pickle.loads),
         **{
             case: Form(

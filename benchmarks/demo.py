@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from record import Row, append_record, machine_floor, print_rows
+from record import Row, append_record, print_rows
 
 FEDMPT = ["-c", "import sys; from fedmpt.cli import main; sys.exit(main())"]
 SAMPLE_SECONDS = 0.2
@@ -55,7 +55,7 @@ def main() -> None:
     by_seed = {"by seed": [describe(run) for run in runs]}
     print("\n".join(by_seed["by seed"]))
     if not arguments.no_record:
-        append_record("demo", rows, notes=json.dumps(by_seed, ensure_ascii=False), floor=machine_floor())
+        append_record("demo", rows, notes=json.dumps(by_seed, ensure_ascii=False))
 
 
 def run_demo(seed: int) -> Run:

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from record import Row, append_record, machine_floor, print_rows
+from record import Row, append_record, print_rows
 
 from fedmpt.edge_client.cache_store import Entry, Meta, open_store
 from fedmpt.protocol.manifest import load_manifest
@@ -68,7 +68,7 @@ def main() -> None:
                 rows += client_rows(case, encoding, bundle, measured)
     print_rows("A client's footprint", rows)
     if not arguments.no_record:
-        append_record("footprint", rows, floor=machine_floor())
+        append_record("footprint", rows)
 
 
 def fresh_environment(folder: Path) -> Path:

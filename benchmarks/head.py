@@ -2,7 +2,8 @@
 
 ``python benchmarks/head.py``: 50, 197 and 577 tokens (as ViT-B/32, ViT-B/16 and ViT-L/14 at 336 pixels have them), 20
 labels, 5 conditions, width 512, transport, random unit tokens. ``onnx`` is the graph in ONNX Runtime, opened as
-the edge opens it; ``eager`` the PyTorch code that it is traced from. Both give the same, which is checked.
+the edge opens it; ``eager`` the PyTorch code that it is traced from. Both give the same, which is checked. A
+sample is the mean of several calls, after a rest: the other's worker threads spin for a while when it has ended.
 
 - scores: ``head.onnx``, as the tagger has it;
 - gradients: the head's part of ``train_step.onnx``, forward and backward to text features, κ and δ.
@@ -11,8 +12,10 @@ the edge opens it; ``eager`` the PyTorch code that it is traced from. Both give 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,8 @@ LABELS = [f"label {number}" for number in range(20)]
 WIDTH = 512
 TRAINED = ("text", "scale", "bias")
 PHOTOS = {"scores": 8, "gradients": 32}
+CALLS = 10  # in one sample
+REST = 0.2  # seconds
 PRODUCTS = [(1576, WIDTH, 100), (18464, WIDTH, 100), (1024, 1024, 1024)]
 
 Outputs = dict[str, Tensor]
@@ -112,12 +117,26 @@ def measure(tokens: int, repeats: int, flops_per_second: float) -> list[Row]:
         passes = 1 if what == "scores" else 2
         flops = 2.0 * passes * PHOTOS[what] * (tokens - 1) * WIDTH * len(DEFAULT_CONDITIONS) * len(LABELS)
         parameters = {"tokens": tokens, "photos": PHOTOS[what], "labels": len(LABELS)}
+        repeated = {name: functools.partial(call, way) for name, way in ways.items()}
+        seconds = interleave(repeated, repeats, warmup=2, before=lambda name: time.sleep(REST))
         eager, onnx = (
-            Row(f"{what}: {name}", "s", samples, parameters, floor=flops / flops_per_second)
-            for name, samples in interleave(ways, repeats, warmup=3).items()
+            Row(
+                f"{what}: {name}",
+                "s",
+                [sample / CALLS for sample in samples],
+                parameters,
+                floor=flops / flops_per_second,
+            )
+            for name, samples in seconds.items()
         )
         rows += [eager, onnx.compared_with(eager)]
     return rows
+
+
+def call(way: Callable[[], object]) -> None:
+    """One sample."""
+    for _ in range(CALLS):
+        way()
 
 
 def in_onnx(model: ModelProto, feed: Outputs, plan_memory: bool) -> Callable[[], Outputs]:

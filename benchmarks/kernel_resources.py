@@ -202,11 +202,13 @@ def describe(result: Resources) -> str:
 
 
 def rows_of(results: Sequence[Resources]) -> list[Row]:
-    """The most that any configuration of a kernel needs of each resource, for each chip."""
+    """The most that any configuration of a kernel needs of each resource, for each chip and type of tokens."""
     rows = []
-    for kernel, capability in itertools.product(KERNELS, CAPABILITIES):
-        found = [r for r in results if (r.build.kernel, r.build.capability) == (kernel, capability)]
-        parameters = {"capability": capability / 10, "configurations": len(found)}
+    dtypes = dict.fromkeys(result.build.dtype for result in results)
+    for dtype, kernel, capability in itertools.product(dtypes, KERNELS, CAPABILITIES):
+        wanted = dtype, kernel, capability
+        found = [r for r in results if (r.build.dtype, r.build.kernel, r.build.capability) == wanted]
+        parameters = {"dtype": dtype, "capability": capability / 10, "configurations": len(found)}
         rows += [
             Row(f"{kernel}: {name}", unit, [max(values)], parameters)
             for name, unit, values in (

@@ -12,9 +12,9 @@ be used. Every case computes the same loss and the same gradients, which is chec
 
 Memory is that of a process of its own that opens the graph with the edge's engine and takes steps.
 
-Memory needed: about 16 GB for the 77-token cases at 80 labels, 14 GB for 1,000, 9 GB for 365; with less, leave sizes out
-with --labels and --plain-up-to. From 500 labels on, the session is closed while eager PyTorch runs, and opened and
-warmed up again before its turn, outside the clock: together they would need 24 GB.
+Memory needed: about 16 GB for the 77-token cases at 80 labels, 14 GB for 1,000, 9 GB for 365; with less, leave sizes
+out with --labels and --plain-up-to. From 500 labels on, the session is closed while eager PyTorch runs, and both are
+warmed up before each turn, outside the clock: together they would need 24 GB.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def main() -> None:
                 continue
         print_rows(f"{count} labels", [row for row in rows if row.parameters["labels"] == count])
     rows, floor = floor_again(rows, floor, TEXT_PRODUCTS)
-    append_record("local_step", rows, floor=floor)
+    append_record("local_step", rows, floor=floor, notes="\n".join(killed))
     if killed:
         raise SystemExit("\n".join(killed))
 
@@ -122,12 +122,13 @@ def measure(
         }
 
         def before(name: str) -> None:
-            """Open the session for its turn; make room for the others where they would not fit beside it."""
+            """Where both do not fit, close the session for the others' turns; warm up after each change."""
             if name == "onnx" and step.session is None:
                 step.open()
                 step()
-            elif name != "onnx" and labels >= CLOSE_FROM:
+            elif name != "onnx" and step.session is not None and labels >= CLOSE_FROM:
                 step.close()
+                cases[name]()
 
         outputs = {}
         for name, run in cases.items():
@@ -141,11 +142,14 @@ def measure(
         size = sum(path.stat().st_size for path in folder.iterdir())
     parameters = {"labels": labels, "conditions": conditions, "layers": layers, "batch": 32}
     floor = (case.text_flops() + case.head_flops()) / flops_per_second
-    first, *others = (Row(name, "s", samples, parameters, floor=floor) for name, samples in seconds.items())
+    found = {name: Row(name, "s", samples, parameters, floor=floor) for name, samples in seconds.items()}
+    first, *others = found.values()
     rows = [first, *(row.compared_with(first) for row in others)]
+    if plain:
+        rows.append(found["onnx"].compared_with(found["eager"]))
     rows.append(Row("onnx: peak anonymous memory", "MB", [float(memory)], parameters))
-    rows.append(Row("export of the step", "s", [exported], parameters))
-    rows.append(Row("size of graph and weights", "MB", [size / 1e6], parameters))
+    rows.append(Row("export of the step", "s to export", [exported], parameters))
+    rows.append(Row("size of graph and weights", "MB of files", [size / 1e6], parameters))
     return rows
 
 

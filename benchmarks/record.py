@@ -125,14 +125,15 @@ def machine_floor(products: Products = ((1024, 1024, 1024),)) -> dict[str, float
         for name, seconds in interleave(_engines(*shape, threads), repeats=9, warmup=2).items():
             at_once = threads if name == STREAMS else 1
             flops = max(flops, 2 * at_once * math.prod(shape) / min(seconds))
+    return {"matmul_flops": flops, "copy_bytes": copy_floor(), "threads": float(threads)}
+
+
+def copy_floor() -> float:
+    """Bytes/s that this machine copies (read plus written), in the fastest repetition."""
     block = np.ones(64 << 20, np.uint8)
     target = np.empty_like(block)
     copies = interleave({"copy": lambda: np.copyto(target, block)}, repeats=7)["copy"]
-    return {
-        "matmul_flops": flops,
-        "copy_bytes": 2 * block.nbytes / min(copies),
-        "threads": float(threads),
-    }
+    return 2 * block.nbytes / min(copies)
 
 
 def floor_again(
@@ -223,18 +224,27 @@ def append_record(
 
 
 def newest_of(path: Path) -> list[dict[str, Any]]:
-    """Of one benchmark's file the last record and, oldest first, those before it that hold what none since measured.
+    """Of one benchmark's file the last record and, oldest first, what earlier ones have of sizes not measured since.
 
-    So a benchmark may be run in parts.
+    So a benchmark may be run in parts. Sizes count, not cases, and only those that the last record has numbers for:
+    what is gone from a benchmark does not come back. Each has its ``line`` in the file, from 0.
     """
     shown: list[dict[str, Any]] = []
     measured: set[str] = set()
-    for line in reversed(path.read_text().splitlines() if path.exists() else []):
+    kinds: set[frozenset[str]] = set()
+    lines = path.read_text().splitlines() if path.exists() else []
+    for number, line in reversed(list(enumerate(lines))):
         record = json.loads(line)
-        cases = {json.dumps([row["name"], row["parameters"]], sort_keys=True) for row in record["rows"]}
-        if measured.isdisjoint(cases):
-            shown.insert(0, record)
-            measured |= cases
+        sizes = [json.dumps(row["parameters"], sort_keys=True) for row in record["rows"]]
+        kinds = kinds or {frozenset(row["parameters"]) for row in record["rows"]}
+        rows = [
+            row
+            for row, size in zip(record["rows"], sizes, strict=True)
+            if size not in measured and frozenset(row["parameters"]) in kinds
+        ]
+        if rows:
+            shown.insert(0, {**record, "rows": rows, "line": number})
+        measured.update(sizes)
     return shown
 
 
@@ -260,18 +270,21 @@ def print_rows(title: str, rows: Sequence[Row]) -> None:
 
 
 def device() -> dict[str, Any]:
-    """The machine in words: processor, cores that may be used, memory in GiB."""
-    model = platform.processor() or platform.machine()
+    """The machine in words: processor, cores that may be used, memory in GiB.
+
+    A virtual machine's processor may have a name that several kinds share ("AMD EPYC"): family, model and stepping
+    are added where Linux tells them.
+    """
+    name = platform.processor() or platform.machine()
     information = Path("/proc/cpuinfo")
     if information.exists():
-        names = [
-            line.split(":", 1)[1].strip()
-            for line in information.read_text().splitlines()
-            if "model name" in line
-        ]
-        model = names[0] if names else model
+        lines = [line.partition(":") for line in information.read_text().splitlines()]
+        known = {key.strip(): value.strip() for key, _, value in reversed(lines)}  # of the first processor
+        name = known.get("model name", name)
+        numbers = [f"{key} {known[key]}" for key in ("cpu family", "model", "stepping") if key in known]
+        name += f" ({', '.join(numbers)})" if numbers else ""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {"processor": model, "cores": len(os.sched_getaffinity(0)), "memory_gib": round(memory, 1)}
+    return {"processor": name, "cores": len(os.sched_getaffinity(0)), "memory_gib": round(memory, 1)}
 
 
 def _versions() -> dict[str, str]:

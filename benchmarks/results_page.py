@@ -1,19 +1,19 @@
 """Write ``docs/results.md`` and its plots from the newest records of each benchmark.
 
 ``python benchmarks/results_page.py``. The page says nothing that is not in a record; the same records give
-the same page. A benchmark may be run in parts: an older record is shown too where no newer one measured any of
-its cases at the same size.
+the same page. A benchmark may be run in parts: of older records the sizes are shown that no newer one measured.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from plots import Chart, charts, draw
-from record import RESULTS, newest_of, share_of_floor
+from record import RESULTS, higher_is_better, newest_of, share_of_floor
 from suite import SUITE, Benchmark
 
 from fedmpt.protocol.files import write_atomically
@@ -29,11 +29,13 @@ do not edit it. A test fails when it is stale.
 How to read the tables: cases that are compared were measured in turn (A B A B …) in one run. Figures are
 *median ± spread* of so many runs, the spread being half the distance between the quartiles. A *ratio* above 1 is better
 than the alternative named beside it: for times, bytes and memory the alternative's median over the case's, for
-rates the reverse. *Floor reached* is the share of the best that the machine could do, from the operations and bytes
-that the work cannot do without and from what the machine reached for matrix products of such shapes (the best of
-NumPy, ONNX Runtime and PyTorch) and for copies; it is empty where no floor was worked out. `+changes` behind a
-commit: there were changes that had not been committed. Other work on a machine makes its figures scatter: mind
-the spread.
+rates the reverse. In brackets is the same from the one's lower and the other's upper quartile and
+the reverse; the ratio is bold where both are on one side of 1. Ratios of different libraries hold for one kind of
+processor: between two machines that both call themselves AMD EPYC they differed by up to a factor of two. *Floor
+reached* is the share of the best that the machine could do, from the operations and bytes that the work cannot do
+without and from what the machine reached for matrix products of such shapes (the best of NumPy, ONNX Runtime and
+PyTorch) and for copies; it is empty where no floor was worked out. `+changes` behind a commit: there were changes that
+had not been committed. Other work on a machine makes its figures scatter: mind the spread.
 """
 
 
@@ -144,13 +146,38 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [header, ["---", "---", "---:", "---", "---:", "---", "---:"]]
     for row in rows:
         own = {key: value for key, value in row["parameters"].items() if key not in shared}
-        ratio = "" if row["ratio"] is None else f"**{number(row['ratio'], 3)}** × {row['against']}"
+        ratio = "" if row["ratio"] is None else ratio_of(row, rows)
         spread = f" ± {number(row['spread'], 2)}" if len(row["samples"]) > 1 else ""
         figure = number(row["median"], 4) + spread
         runs = str(len(row["samples"]))
         lines.append([row["name"], parameters(own), figure, row["unit"], runs, ratio, reached(row)])
     text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
     return [f"In all rows: {parameters(shared)}.", text] if shared else [text]
+
+
+def ratio_of(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """``**2.50** (2.41 to 2.55) × plain``: of the medians, and of the one's lower and the other's upper quartile."""
+    middle, against = number(row["ratio"], 3), row["against"]
+    other = next(candidate for candidate in rows if is_alternative(candidate, row))
+    if min(len(row["samples"]), len(other["samples"])) < 2:
+        return f"**{middle}** × {against}"
+    over, under = (row, other) if higher_is_better(row["unit"]) else (other, row)
+    (least, _, most), (low, _, high) = (
+        statistics.quantiles(each["samples"], n=4, method="inclusive") for each in (over, under)
+    )
+    low, high = least / high, most / low
+    if low <= 1 <= high:
+        return f"{middle} ({number(low, 3)} to {number(high, 3)}) × {against}"
+    return f"**{middle}** ({number(low, 3)} to {number(high, 3)}) × {against}"
+
+
+def is_alternative(other: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
+    """Whether a row is what another is compared with, at the same sizes."""
+    return (other["name"], other["unit"], other["parameters"]) == (
+        row["against"],
+        row["unit"],
+        row["parameters"],
+    )
 
 
 def reached(row: Mapping[str, Any]) -> str:

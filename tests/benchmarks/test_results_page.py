@@ -78,6 +78,22 @@ def test_sizes_that_were_measured_on_their_own_are_shown_together(tmp_path: Path
     assert len(chart.curves[0].points) == 4
 
 
+def test_of_an_older_record_only_the_sizes_not_measured_since_are_shown(tmp_path: Path) -> None:
+    oldest, newer = a_record(commit="oldest"), a_record(commit="newer")
+    oldest["rows"] = [row | {"parameters": {"labels": 1000}} for row in oldest["rows"]]  # no batch yet
+    newest = a_record(commit="newest")
+    newest["rows"] = [row | {"name": "renamed"} for row in newest["rows"][:1]]  # of 20 labels
+    (tmp_path / "codec.jsonl").write_text("".join(json.dumps(one) + "\n" for one in (oldest, newer, newest)))
+    shown = results_page.newest_records(tmp_path)["codec"]
+    assert [
+        (part["commit"], row["name"], row["parameters"]["labels"]) for part in shown for row in part["rows"]
+    ] == [
+        ("newer", "plain", 80),
+        ("newer", "plain", 365),
+        ("newest", "renamed", 20),
+    ]
+
+
 def test_what_has_no_record_is_said_to_be_unmeasured(tmp_path: Path) -> None:
     page = results_page.render({"codec": [a_record()]}, tmp_path)
     assert page.count("Not measured yet.") == len(
@@ -104,9 +120,26 @@ def test_a_table_shows_median_spread_runs_and_floor() -> None:
     assert "| plain | labels 80 | 0.5000 ± 0.050 | s | 3 |  | 20% |" in table
 
 
-def test_a_ratio_stands_beside_what_it_is_against() -> None:
-    row = a_record()["rows"][0] | {"ratio": 2.5, "against": "pickle"}
-    assert "**2.50** × pickle" in results_page.table([row])[-1]
+@pytest.mark.parametrize(
+    ("unit", "others", "shown"),
+    [
+        ("s", [1.0, 1.2, 1.4], "**2.50** (2.00 to 2.89) × pickle"),
+        ("photos/s", [0.1, 0.2, 0.3], "**2.50** (1.80 to 3.67) × pickle"),
+        ("s", [0.4, 0.6, 1.2], "2.50 (0.909 to 2.00) × pickle"),
+    ],
+)
+def test_a_ratio_stands_with_its_quartiles_and_is_bold_where_they_are_on_one_side_of_1(
+    unit: str, others: list[float], shown: str
+) -> None:
+    row = a_record()["rows"][0] | {"ratio": 2.5, "against": "pickle", "unit": unit}
+    other = row | {"name": "pickle", "samples": others, "ratio": None}
+    assert f"| {shown} |" in results_page.table([row, other])[-1]
+
+
+def test_a_ratio_of_single_runs_has_no_quartiles() -> None:
+    row = a_record()["rows"][0] | {"ratio": 2.5, "against": "pickle", "samples": [0.5]}
+    other = row | {"name": "pickle", "ratio": None}
+    assert "| **2.50** × pickle |" in results_page.table([row, other])[-1]
 
 
 def test_a_single_run_has_no_spread() -> None:
