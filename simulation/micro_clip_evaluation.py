@@ -1,22 +1,23 @@
 """Measure a micro-CLIP: ``python -m fedmpt.simulation.micro_clip_evaluation``.
 
-Writes zero-shot accuracy, pointing and retrieval, and what prompts and adapters trained centrally on unbiased labels
-gain on the federation set, as JSON.
+Tells zero-shot accuracy, pointing and retrieval, what wordings gain on the federation set without training, and what
+prompts and adapters trained centrally on unbiased labels gain there, as JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from torch.nn import functional
 from transformers import CLIPModel, CLIPTokenizer
 
 from fedmpt.protocol.files import write_atomically
-from fedmpt.simulation.micro_clip_captions import CONDITIONS, VALUES
 from fedmpt.simulation.micro_clip_model import (
     WEIGHTS,
     WIDTH,
@@ -25,22 +26,12 @@ from fedmpt.simulation.micro_clip_model import (
     text_features,
     text_features_of,
 )
+from fedmpt.simulation.micro_clip_wordings import PROMPT, WORDINGS, strange_wordings
 from fedmpt.simulation.scenes import SceneSet, SceneSpecification, draw_scenes
 from fedmpt.simulation.scenes_render import BACKGROUNDS
 from fedmpt.simulation.scenes_sets import federation_plan
 from fedmpt.simulation.sprites import LABELS
 
-PROMPT = "a photo of a {}."
-# What an operator could try without training: other sentences, the named styles, and the mean of all their features.
-WORDINGS = (
-    PROMPT,
-    "a picture of a {}.",
-    "{}.",
-    "there is a {}.",
-    "a photo, drawing or painting of a {} in any style.",
-    *(f"a {style} picture of a {{}}." for style in VALUES["style"]),
-    *(f"{condition} {{}} ." for condition in CONDITIONS),
-)
 GRID = 7
 PATCH = 16
 
@@ -79,11 +70,15 @@ def zero_shot(
 
 @torch.no_grad()
 def best_wording(
-    model: CLIPModel, tokenizer: CLIPTokenizer, scenes: SceneSet, tokens: torch.Tensor
+    model: CLIPModel,
+    tokenizer: CLIPTokenizer,
+    wordings: tuple[str, ...],
+    scenes: SceneSet,
+    tokens: torch.Tensor,
 ) -> dict[str, dict[str, float | str]]:
-    """Of all WORDINGS the one that does best on these very pictures, and the mean of all their features."""
+    """Of all wordings the one that does best on these very pictures, and the mean of all their features."""
     names = scenes.specification.labels
-    texts = torch.stack([text_features(model, tokenizer, [w.format(x) for x in names]) for w in WORDINGS])
+    texts = torch.stack([text_features(model, tokenizer, [w.format(x) for x in names]) for w in wordings])
     mean = functional.normalize(texts.mean(0), dim=-1)
     report: dict[str, dict[str, float | str]] = {}
     for name, ensemble in similarities(tokens, mean).items():
@@ -93,7 +88,8 @@ def best_wording(
         best = int(np.argmax(singles))
         report[name] = {
             "best": singles[best],
-            "wording": WORDINGS[best],
+            "wording": wordings[best],
+            "median": float(np.median(singles)),
             "mean_of_features": mean_average_precision(ensemble.numpy(), scenes.truth),
         }
     return report
@@ -223,12 +219,19 @@ def prompt_features(
 def evaluate(
     model: CLIPModel, tokenizer: CLIPTokenizer, *, seeds: int = 3, scenes: int = 1000
 ) -> dict[str, object]:
-    """All figures; the federation's are over `seeds` federations, training runs and fresh pictures."""
+    """All figures; the federation's are over `seeds` federations, training runs and fresh pictures.
+
+    Zero-shot in the common styles over as many sets of pictures; pointing and backgrounds on the first of them.
+    """
     spec = SceneSpecification(marginals=(0.05,) * len(LABELS))
     in_style = draw_scenes(spec, scenes, seed=900_001)
     tokens = encode_scenes(model, in_style.pixels)
+    zero_shots = [zero_shot(model, tokenizer, in_style, tokens)]
+    for seed in range(1, seeds):
+        more = draw_scenes(spec, scenes, seed=900_001 + seed)
+        zero_shots.append(zero_shot(model, tokenizer, more, encode_scenes(model, more.pixels)))
     report: dict[str, object] = {
-        "in_style_zero_shot_map": zero_shot(model, tokenizer, in_style, tokens),
+        "in_style_zero_shot_map": zero_shots,
         "pointing": pointing(model, tokenizer, in_style, tokens),
         "background_first": background_retrieval(model, tokenizer, in_style, tokens),
         "logit_scale": float(model.logit_scale.exp()),
@@ -240,7 +243,10 @@ def evaluate(
         train_tokens, test_tokens = encode_scenes(model, train.pixels), encode_scenes(model, test.pixels)
         run: dict[str, object] = {
             "zero_shot": zero_shot(model, tokenizer, test, test_tokens),
-            "untrained_wordings": best_wording(model, tokenizer, test, test_tokens),
+            "untrained_wordings": best_wording(model, tokenizer, WORDINGS, test, test_tokens),
+            "untrained_strange_wordings": best_wording(
+                model, tokenizer, strange_wordings(), test, test_tokens
+            ),
         }
         for method in ("coop", "adapter"):
             pairs = ((train_tokens, train.truth), (test_tokens, test.truth))
@@ -254,15 +260,21 @@ def evaluate(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Evaluate and write the figures."""
+    """Evaluate, print and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=WEIGHTS)
-    parser.add_argument("--out", type=Path, default=Path("docs/results/micro-clip.json"))
+    parser.add_argument("--model", type=Path, default=WEIGHTS, help="the shipped one, if none is named")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args(argv)
+    weights = (arguments.model / "model.safetensors").read_bytes()
+    origin = {
+        "model_sha256": hashlib.sha256(weights).hexdigest(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
     report = evaluate(*load_micro_clip(arguments.model), seeds=arguments.seeds)
-    text = json.dumps(report, indent=1) + "\n"
-    write_atomically(arguments.out, text)
+    text = json.dumps(origin | report, indent=1) + "\n"
+    if arguments.out:
+        write_atomically(arguments.out, text)
     print(text, end="")
     return 0
 
