@@ -190,9 +190,9 @@ def _measure(
     limit = MAXIMUM_LOSS[precision] if arguments.max_loss is None else arguments.max_loss
     paths = [Path(path) for path in validation.paths]
     with progress_bar("measuring float32") as progress:
-        before = _predict_photos(Tagger.load(exact), paths, progress)
+        before = _predict_photos(Tagger.load(exact, many=True), paths, progress)
     with progress_bar(f"measuring {precision}") as progress:
-        after = _predict_photos(Tagger.load(reduced), paths, progress)
+        after = _predict_photos(Tagger.load(reduced, many=True), paths, progress)
     rows = np.flatnonzero(~np.isnan(before).any(axis=1))
     if not len(rows):
         raise ExportError(

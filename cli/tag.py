@@ -107,7 +107,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.out and arguments.format == "xmp":
         arguments.usage_error("--format xmp writes sidecars beside the photos; --out is for json and csv")
     _check_sources(arguments)
-    tagger = Tagger.load(arguments.tagger, arguments.device, arguments.threads)
+    alone = not arguments.watch and len(arguments.photos) == 1 and Path(arguments.photos[0]).is_file()
+    many = not (arguments.serve or alone)
+    tagger = Tagger.load(arguments.tagger, arguments.device, arguments.threads, many=many)
     if arguments.serve:
         return _serve(tagger, arguments.host, arguments.port)
     if arguments.explain and not tagger.has_heatmaps:

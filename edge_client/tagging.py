@@ -21,6 +21,7 @@ from fedmpt.edge_client.tag_journal import Signature, signature
 from fedmpt.edge_client.tagger import Prediction, Tagger, Tags
 
 Choose = Callable[[NDArray[np.float32]], Tags]
+Decoding = tuple[Path, "Future[Pixels | PhotoError]"]
 
 SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".j2k"}
@@ -29,7 +30,10 @@ SUFFIXES = frozenset(
 # In folders these are not passed over in silence: their owner takes them for photos, and is told to convert them.
 UNREAD_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
 BATCH_SIZE = 8
-LOOKAHEAD = 3  # batches that are decoded while one is computed
+STREAM_BATCH_SIZE = (
+    2  # where each core computes a batch of its own: it is as fast, and the last cores idle less
+)
+LOOKAHEAD = 3  # batches that are decoded while others are computed
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +70,7 @@ def tag_photos(
     top: int | None = None,
     min_probability: float | None = None,
     explain: bool = False,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = None,
     workers: int | None = None,
 ) -> Generator[Tagged | PhotoError, None, None]:
     """Tag photos in their order; a photo that cannot be read gives its PhotoError instead of ending the run.
@@ -77,27 +81,37 @@ def tag_photos(
         top: at most so many labels a photo.
         min_probability: one threshold for all labels, the tagger's own where None.
         explain: whether results carry the heat maps of the labels found.
-        batch_size: photos computed together; it matters to speed alone (and the last bits).
+        batch_size: photos computed together; it matters to speed alone (and the last bits). Where None, what suits
+            the tagger's streams.
         workers: threads that decode; one per core where None.
     """
     workers = workers or len(os.sched_getaffinity(0))
+    streams = tagger.streams
+    batch_size = batch_size or (BATCH_SIZE if streams == 1 else STREAM_BATCH_SIZE)
     size = tagger.info.image_size
     choose = functools.partial(tagger.choose, top=top, min_probability=min_probability)
-    pending: deque[tuple[Path, Future[Pixels | PhotoError]]] = deque()
+    pending: deque[Decoding] = deque()
+    computing: deque[Future[list[Tagged | PhotoError]]] = deque()
     photos = iter(photos)
-    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
+    with (
+        ThreadPoolExecutor(workers, thread_name_prefix="decode") as decoders,
+        ThreadPoolExecutor(streams, thread_name_prefix="tag") as computers,
+    ):
         try:
             while True:
-                for path in itertools.islice(photos, (1 + LOOKAHEAD) * batch_size - len(pending)):
-                    pending.append((path, pool.submit(_decode, path, size)))
-                if not pending:
+                for path in itertools.islice(photos, (streams + LOOKAHEAD) * batch_size - len(pending)):
+                    pending.append((path, decoders.submit(_decode, path, size)))
+                while (
+                    pending and len(computing) <= streams
+                ):  # one more, so that none idles while results are used
+                    batch = [pending.popleft() for _ in range(min(batch_size, len(pending)))]
+                    computing.append(computers.submit(_tag_batch, tagger, batch, choose, explain))
+                if not computing:
                     return
-                batch = [pending.popleft() for _ in range(min(batch_size, len(pending)))]
-                yield from _tag_batch(
-                    tagger, [(path, future.result()) for path, future in batch], choose, explain
-                )
+                yield from computing.popleft().result()
         finally:
-            pool.shutdown(cancel_futures=True)
+            computers.shutdown(wait=False, cancel_futures=True)  # first, as it waits for decoders
+            decoders.shutdown(cancel_futures=True)
 
 
 def watch(sources: Sequence[str], interval: float, stop: threading.Event) -> Iterator[list[Path]]:
@@ -120,21 +134,24 @@ def watch(sources: Sequence[str], interval: float, stop: threading.Event) -> Ite
 
 
 def _tag_batch(
-    tagger: Tagger, decoded: Sequence[tuple[Path, Pixels | PhotoError]], choose: Choose, explain: bool
-) -> Iterator[Tagged | PhotoError]:
+    tagger: Tagger, batch: Sequence[Decoding], choose: Choose, explain: bool
+) -> list[Tagged | PhotoError]:
+    decoded = [(path, future.result()) for path, future in batch]
     good = [pixels for _, pixels in decoded if not isinstance(pixels, PhotoError)]
     prediction = tagger.predict(np.stack(good)) if good else Prediction(np.empty((0, 0), np.float32), None)
     rows = itertools.count()
+    results: list[Tagged | PhotoError] = []
     for path, pixels in decoded:
         if isinstance(pixels, PhotoError):
-            yield pixels
+            results.append(pixels)
             continue
         row = next(rows)
         tags = choose(prediction.probabilities[row])
         maps = {}
         if explain and prediction.heatmaps is not None:
             maps = {label: prediction.heatmaps[row, tagger.info.labels.index(label)] for label, _ in tags}
-        yield Tagged(path, tags, maps)
+        results.append(Tagged(path, tags, maps))
+    return results
 
 
 def _decode(path: Path, size: int) -> Pixels | PhotoError:

@@ -66,7 +66,7 @@ def write_demo_report(result: DemoResult) -> Path:
         ),
         report.paragraph(
             "The start is weak on purpose: the demo's CLIP was trained so that words mean photos, while half of these "
-            "pictures are in art styles that its words hardly reach. Other wordings close a part of the gap without any "
+            "pictures are in art styles that its words hardly reach. Other wordings close a part of the gap without "
             "tuning, and long sentences of words that it never saw most of it; how much, docs/micro-clip.md says."
         ),
         report.heading("Round by round"),

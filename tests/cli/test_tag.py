@@ -36,7 +36,7 @@ def photos(tmp_path: Path) -> Path:
 @pytest.fixture
 def tag(colour_tagger: Path):  # type: ignore[no-untyped-def]
     def run(*arguments: object) -> int:
-        common = ["tag", "--tagger", str(colour_tagger), "--device", "cpu", "--threads", "1"]
+        common = ["tag", "--tagger", str(colour_tagger), "--device", "cpu", "--threads", "2"]
         return main([*common, *(str(argument) for argument in arguments)])
 
     return run

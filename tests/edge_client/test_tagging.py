@@ -19,9 +19,13 @@ from fedmpt.edge_client.tagger import Tagger
 from fedmpt.edge_client.tagging import Tagged, find_photos, tag_photos, watch
 
 
-@pytest.fixture(scope="module")
-def tagger(colour_tagger: Path) -> Tagger:
-    return Tagger.load(colour_tagger, "cpu", threads=1)
+@pytest.fixture(scope="module", params=[False, True], ids=["one-batch", "two-batches"])
+def tagger(colour_tagger: Path, request: pytest.FixtureRequest) -> Tagger:
+    """Computes one batch at a time, or two."""
+    many = bool(request.param)
+    tagger = Tagger.load(colour_tagger, "cpu", threads=2 if many else 1, many=many)
+    assert tagger.streams == 1 + many
+    return tagger
 
 
 def photo(path: Path, red: int = 255, green: int = 0, blue: int = 0) -> Path:
