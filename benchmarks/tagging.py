@@ -2,8 +2,8 @@
 
 ``python benchmarks/tagging.py``: ViT-B/16's shapes, random weights, 20 labels, 5 conditions, all cores.
 
-- ONNX Runtime alone runs the bare image encoder on tensors that are ready in memory, with all cores at one batch or a
-  batch on each; ``fedmpt tag`` decodes files, and is compared with the faster of both.
+- ONNX Runtime alone runs the bare image encoder on tensors that are ready in memory, with all cores at one batch of 8
+  or a batch of 2 on each, as ``fedmpt tag`` has it, which decodes files and is compared with the faster of both.
 - transformers is the loop one would write: open the files, ``CLIPImageProcessorPil``, ``CLIPModel.get_image_features``,
   similarity to text features that were encoded once; the same files, batch and threads.
 - The head (transport, gate, sigmoid) is timed on ready tokens, against the whole tagger on ready pixels.
@@ -34,7 +34,7 @@ from record import Row, append_record, floor_again, interleave, machine_floor, p
 
 from fedmpt.edge_client.images import load_pixels
 from fedmpt.edge_client.tagger import Tagger
-from fedmpt.edge_client.tagging import Tagged, tag_photos
+from fedmpt.edge_client.tagging import STREAM_BATCH_SIZE, Tagged, tag_photos
 from fedmpt.export.bundle import PAPER_TRAINING, build_bundle
 from fedmpt.export.tagger import export_tagger
 from fedmpt.protocol.codec import load_state
@@ -63,7 +63,7 @@ def main() -> None:
         "--batch-size",
         type=int,
         default=8,
-        help="photos computed at once by all but `fedmpt tag`, which has its own way (%(default)s)",
+        help="photos at once where all cores share a batch (%(default)s)",
     )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -110,7 +110,7 @@ def measure(
     head, head_inputs = open_head(bundle)
     pixels = np.stack([load_pixels(path, 224) for path in photos])
     batches = np.array_split(pixels, range(batch_size, len(pixels), batch_size))
-    halves = np.array_split(pixels, range(batch_size // 2, len(pixels), batch_size // 2))
+    small = np.array_split(pixels, range(STREAM_BATCH_SIZE, len(pixels), STREAM_BATCH_SIZE))
     tokens = [encoder.run(None, {"pixels": batch})[0] for batch in batches]
 
     def tag(tagger: Tagger) -> None:
@@ -123,7 +123,7 @@ def measure(
 
     def stream() -> None:
         with ThreadPoolExecutor(cores) as pool:
-            list(pool.map(lambda batch: single.run(None, {"pixels": batch}), halves))
+            list(pool.map(lambda batch: single.run(None, {"pixels": batch}), small))
 
     seconds = interleave(
         {
@@ -141,7 +141,7 @@ def measure(
         repeats,
         warmup=2,
     )
-    parameters = {"photos": len(photos), "size": "640x480", "batch": batch_size, "labels": len(LABELS)}
+    parameters = {"photos": len(photos), "size": "640x480", "labels": len(LABELS)}
 
     def row(name: str, against: str = "") -> Row:
         floor = None if "int8" in name else best_rate

@@ -107,8 +107,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.out and arguments.format == "xmp":
         arguments.usage_error("--format xmp writes sidecars beside the photos; --out is for json and csv")
     _check_sources(arguments)
-    alone = not arguments.watch and len(arguments.photos) == 1 and Path(arguments.photos[0]).is_file()
-    many = not (arguments.serve or alone)
+    alone = len(arguments.photos) == 1 and os.path.isfile(arguments.photos[0])  # noqa: PTH113  # Path's may raise
+    many = not (
+        arguments.serve or arguments.watch or alone
+    )  # those have one photo at a time, which all cores share
     tagger = Tagger.load(arguments.tagger, arguments.device, arguments.threads, many=many)
     if arguments.serve:
         return _serve(tagger, arguments.host, arguments.port)

@@ -44,13 +44,13 @@ class EncodedPhoto:
 class Encoder:
     """The image encoder of a bundle, to be called from several threads at once; ``size`` is its image size S.
 
-    On a CPU each call keeps to its caller's core: that wastes no time in waiting for the slowest core in every
-    operation, and leaves none idle while photos are decoded. Other devices take one batch at a time.
+    On a CPU each call keeps to its caller's core, which leaves none idle while photos are decoded. Other devices take
+    one batch at a time.
     """
 
-    def __init__(self, path: Path, device: str, size: int) -> None:
+    def __init__(self, path: Path, device: str, size: int, threads: int) -> None:
         self.size = size
-        self._session = open_session(path, device, threads=1)
+        self._session = open_session(path, device, threads, apart=True)
         on_cpu = session_device(self._session) == "cpu"
         self._turn = contextlib.nullcontext() if on_cpu else threading.Lock()
 

@@ -78,8 +78,8 @@ class Tagger:
             path: the ``.onnx`` file.
             device: ``auto``, ``cpu``, ``cuda`` or ``tensorrt``.
             threads: cores to use; all of them where None.
-            many: on a CPU compute each batch on one core and as many at once as there are cores, which wastes no
-                time in waiting for the slowest core in every operation; a photo alone then takes longer.
+            many: on a CPU compute each batch on one core and as many at once as there are cores, which is faster
+                for many photos; a photo alone then takes longer.
 
         Raises:
             TaggerError: the file is missing or is no tagger of this version.
@@ -87,9 +87,10 @@ class Tagger:
         path = Path(path)
         if not path.is_file():
             raise TaggerError(f"{path}: not found; make it with `fedmpt export`")
-        session = open_session(path, device, 1 if many else threads)
-        is_cpu = session_device(session) == "cpu"
-        streams = (threads or len(os.sched_getaffinity(0))) if many and is_cpu else 1
+        session = open_session(path, device, threads, apart=many)
+        streams = (
+            (threads or len(os.sched_getaffinity(0))) if many and session_device(session) == "cpu" else 1
+        )
         text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY, "")
         info = info_from_json(text, str(path))
         size, labels = info.image_size, len(info.labels)

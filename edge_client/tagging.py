@@ -104,7 +104,8 @@ def tag_photos(
                 while (
                     pending and len(computing) <= streams
                 ):  # one more, so that none idles while results are used
-                    batch = [pending.popleft() for _ in range(min(batch_size, len(pending)))]
+                    fair = -(-len(pending) // streams)  # the last photos go to as many cores as there are
+                    batch = [pending.popleft() for _ in range(min(batch_size, fair))]
                     computing.append(computers.submit(_tag_batch, tagger, batch, choose, explain))
                 if not computing:
                     return

@@ -19,6 +19,8 @@ import pytest
 from PIL import Image
 
 from fedmpt.cli import main
+from fedmpt.edge_client.tagger import Tagger
+from fedmpt.protocol.tagger_info import TaggerError
 
 FEDMPT = [sys.executable, "-c", "import sys; from fedmpt.cli import main; sys.exit(main())", "tag"]
 
@@ -56,6 +58,33 @@ def test_json_lines_in_name_order(tag, photos: Path, capsys: pytest.CaptureFixtu
         ("sea.png", ["green", "blue"]),
     ]
     assert output.err.splitlines()[-1] == "3 photos tagged, 0 failed"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "many"),
+    [
+        (["."], True),
+        (["red.png", "sea.png"], True),
+        (["*.png"], True),
+        (["red.png"], False),
+        (["x" * 300], True),
+        (["--watch", "."], False),
+        (["--serve"], False),
+    ],
+)
+def test_all_cores_share_a_photo_only_where_photos_come_one_at_a_time(  # type: ignore[no-untyped-def]
+    tag, photos: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], many: bool
+) -> None:
+    monkeypatch.chdir(photos)
+    chosen = []
+
+    def load(*_: object, many: bool) -> Tagger:
+        chosen.append(many)
+        raise TaggerError("enough")
+
+    monkeypatch.setattr(Tagger, "load", load)
+    assert tag(*arguments) == 1
+    assert chosen == [many]
 
 
 def test_csv_has_a_row_per_label(tag, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]

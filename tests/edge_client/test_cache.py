@@ -122,7 +122,7 @@ def test_holds_every_photos_features_labels_and_content_hash(bundle, photos, tmp
     assert np.array_equal(cache.labels, [photo.labels for photo in photos])
     assert cache.tokens.shape == (21, TOKENS, WIDTH)
     assert cache.tokens.dtype == np.float16
-    encoder = Encoder(bundle / "image_encoder.onnx", "cpu", SIZE)
+    encoder = Encoder(bundle / "image_encoder.onnx", "cpu", SIZE, threads=2)
     for photo, tokens in zip(photos, cache.tokens, strict=True):
         expected = encoder(load_pixels(photo.path, SIZE)[None])[0]
         np.testing.assert_allclose(tokens, expected, atol=1e-3)

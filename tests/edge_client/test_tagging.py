@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import threading
 import tracemalloc
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -15,7 +17,7 @@ from PIL import Image
 from fedmpt.edge_client.images import PhotoError
 from fedmpt.edge_client.tag_journal import Journal, JournalError
 from fedmpt.edge_client.tag_results import json_line
-from fedmpt.edge_client.tagger import Tagger
+from fedmpt.edge_client.tagger import Prediction, Tagger
 from fedmpt.edge_client.tagging import Tagged, find_photos, tag_photos, watch
 
 
@@ -126,6 +128,7 @@ def test_photos_that_failed_do_not_stay_in_memory(tagger: Tagger, tmp_path: Path
 def test_results_come_in_the_order_of_the_photos(tagger: Tagger, tmp_path: Path) -> None:
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0), (255, 255, 0)]
     paths = [photo(tmp_path / f"{index}.png", *each) for index, each in enumerate(colours)]
+    Image.new("RGB", (3000, 3000), colours[0]).save(paths[0])  # ready long after the others
     results = list(tag_photos(tagger, paths, batch_size=2, workers=3))
     assert [result.path for result in results] == paths
     labels = [[label for label, _ in result.tags] for result in results if isinstance(result, Tagged)]
@@ -194,6 +197,37 @@ def test_photos_are_taken_lazily(tagger: Tagger, tmp_path: Path) -> None:
         next(results)
     results.close()  # type: ignore[attr-defined]
     assert taken < 20
+
+
+def test_an_error_of_the_tagger_reaches_the_caller_and_leaves_no_threads(
+    tagger: Tagger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [photo(tmp_path / f"{index}.png") for index in range(20)]
+    calls = itertools.count()
+
+    def predict(pixels: Any) -> Prediction:
+        if next(calls) == 2:
+            raise RuntimeError("out of memory")
+        return Tagger.predict(tagger, pixels)
+
+    monkeypatch.setattr(tagger, "predict", predict)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(tag_photos(tagger, paths, batch_size=2))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("decode", "tag_"))]
+
+
+def test_few_photos_are_dealt_to_all_cores(colour_tagger: Path, tmp_path: Path) -> None:
+    tagger = Tagger.load(colour_tagger, "cpu", threads=4, many=True)
+    sizes: list[int] = []
+
+    def predict(pixels: Any) -> Prediction:
+        sizes.append(len(pixels))
+        return Tagger.predict(tagger, pixels)
+
+    tagger.predict = predict  # type: ignore[method-assign]
+    paths = [photo(tmp_path / f"{index}.png") for index in range(4)]
+    assert len(list(tag_photos(tagger, paths))) == 4
+    assert sizes == [1, 1, 1, 1]
 
 
 # The journal
