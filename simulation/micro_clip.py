@@ -4,8 +4,8 @@ CLIP's architecture in small (112 pixels, patches of 16, width 192) learns on ``
 batch of pictures and a list of captions a sigmoid loss (Zhai et al. 2023) is put on the similarity of every pair,
 once for the class token and once for the best patch; another on every patch and label, since scenes tell what lies
 where. So class token and patches both align with text. The result is a folder that
-``transformers.CLIPModel.from_pretrained`` loads. Same seed, threads and PyTorch, same weights, also when resumed.
-The scenes are drawn first, into 14.1 GB of files; the same command goes on where a training was interrupted.
+``transformers.CLIPModel.from_pretrained`` loads. Same seed, threads, PyTorch and NumPy, same weights, also when
+resumed. The scenes are drawn first, into 14.1 GB of files; the same command goes on where a training was interrupted.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from fedmpt.simulation.micro_clip_captions import (
     anchor_captions,
     anchor_of,
     attribute_captions,
+    captions_digest,
     context_runs,
     label_captions,
     patch_truth_of,
@@ -218,7 +219,11 @@ def train(recipe: Recipe, scenes: Sequence[SceneFolder], folder: Path, report: R
         for leftover in folder.glob(f".{path.name}.*.part"):  # of a training that was killed while it wrote
             leftover.unlink()
     trainer = Trainer(recipe)
-    origin = {"recipe": json.dumps(asdict(recipe)), "set of scenes": " ".join(each.digest for each in scenes)}
+    origin = {
+        "recipe": json.dumps(asdict(recipe)),
+        "set of scenes": " ".join(each.digest for each in scenes),
+        "set of captions": captions_digest(),
+    }
     if checkpoint.exists():
         trainer.step = load_checkpoint(checkpoint, trainer.parameters, trainer.optimizer, origin)
     total = sum(stage.steps for stage in recipe.stages)

@@ -15,6 +15,7 @@ does, and a learned context can go where they do not.
 
 from __future__ import annotations
 
+import hashlib
 import string
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -170,6 +171,13 @@ def attribute_captions(
             Caption(form.format(x=LABELS[first], v=VALUES[kind][value]), (first,), kind, value, codes)
         )
     return captions
+
+
+def captions_digest() -> str:
+    """Names what captions say in this version: with others, another model is trained."""
+    generator = np.random.default_rng(0)
+    made = [label_captions(generator, of_photos) for of_photos in (False, True)]
+    return hashlib.sha256(repr((made, all_sentences())).encode()).hexdigest()
 
 
 def strange_sentence(name: str, longest: int, generator: np.random.Generator) -> str:

@@ -7,7 +7,8 @@ import numpy as np
 from fedmpt.simulation.micro_clip_captions import CONDITIONS, VALUES, all_sentences
 
 PROMPT = "a photo of a {}."
-# What an operator could try without training: other sentences, the named styles, and the mean of all their features.
+# What an operator would try first: other sentences, the named styles, the conditions; all but the fifth in words that
+# captions have.
 WORDINGS = (
     PROMPT,
     "a picture of a {}.",

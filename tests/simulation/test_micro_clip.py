@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save
 from transformers import CLIPModel, CLIPProcessor
 
 from fedmpt.simulation import micro_clip
+from fedmpt.simulation import micro_clip_captions as captions
 from fedmpt.simulation.micro_clip import Recipe, Stage, Trainer, train
 from fedmpt.simulation.micro_clip_checkpoint import CheckpointError
 from fedmpt.simulation.micro_clip_data import SceneFolder
@@ -166,6 +167,12 @@ def test_a_checkpoint_of_another_training_is_refused_before_scenes_are_drawn(
     with pytest.raises(CheckpointError, match=wanted):
         train(recipe, (other, other), begun)
     assert not other.path.exists()
+
+
+def test_a_checkpoint_of_other_captions_is_refused(begun, folder, monkeypatch):
+    monkeypatch.setattr(captions, "_LABEL", ("a drawing of a {x}.",))
+    with pytest.raises(CheckpointError, match="another set of captions; train into another folder"):
+        train(TINY, (folder, folder), begun)
 
 
 def test_other_threads_go_on_and_say_so(begun, folder, capsys):
