@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
-from record import Row, append_record, interleave, print_rows
+from record import Row, append_record, interleave, print_rows, repeated
 
 from fedmpt.protocol.codec import (
     State,
@@ -97,12 +97,18 @@ def measure(name: str, shapes: Mapping[str, tuple[int, ...]], repeats: int) -> l
     found = forms(difference)
     payloads = {case: form.write() for case, form in found.items()}
     block = np.zeros(values, np.float32)
-    copy = {COPY: repeated(lambda: block.copy())}
+    copy = {COPY: repeated(block.copy, CALLS)}
     writing = interleave(
-        copy | {case: repeated(form.write) for case, form in found.items()}, repeats, clock=time.process_time
+        copy | {case: repeated(form.write, CALLS) for case, form in found.items()},
+        repeats,
+        clock=time.process_time,
     )
     reading = interleave(
-        copy | {case: repeated(functools.partial(form.read, payloads[case])) for case, form in found.items()},
+        copy
+        | {
+            case: repeated(functools.partial(form.read, payloads[case]), CALLS)
+            for case, form in found.items()
+        },
         repeats,
         clock=time.process_time,
     )
@@ -147,20 +153,15 @@ def forms(difference: State) -> dict[str, Form]:
     update = Update("bench", 1, "client", state_digest(difference), 100, 10, {"mAP": 0.5}, difference)
     state_dict = {name: torch.from_numpy(tensor) for name, tensor in difference.items()}
 
-    def save() -> bytes:
+    def save(tensors: Mapping[str, torch.Tensor]) -> bytes:
         file = io.BytesIO()
-        torch.save(state_dict, file)
-        return file.getvalue()
-
-    def save_halved() -> bytes:
-        file = io.BytesIO()
-        torch.save({name: tensor.half() for name, tensor in state_dict.items()}, file)
+        torch.save(tensors, file)
         return file.getvalue()
 
     return {
-        ALTERNATIVE: Form(save, lambda data: torch.load(io.BytesIO(data))),
+        ALTERNATIVE: Form(lambda: save(state_dict), lambda data: torch.load(io.BytesIO(data))),
         HALVED: Form(
-            save_halved,
+            lambda: save({name: tensor.half() for name, tensor in state_dict.items()}),
             lambda data: {name: tensor.float() for name, tensor in torch.load(io.BytesIO(data)).items()},
         ),
         "pickle of NumPy arrays": Form(lambda: pickle.dumps(difference, protocol=5), pickle.loads),
@@ -188,16 +189,6 @@ def error(difference: State, payload: bytes) -> float:
         float(np.abs(update.difference[name] - tensor).max() / np.abs(tensor).max())
         for name, tensor in difference.items()
     )
-
-
-def repeated(call: Callable[[], object]) -> Callable[[], None]:
-    """The same call, so often that the clock's resolution does not matter."""
-
-    def calls() -> None:
-        for _ in range(CALLS):
-            call()
-
-    return calls
 
 
 def milliseconds(seconds: Mapping[str, list[float]]) -> dict[str, list[float]]:

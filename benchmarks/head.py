@@ -12,7 +12,6 @@ sample is the mean of several calls, after a rest: the other's worker threads sp
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import tempfile
 import time
@@ -24,7 +23,7 @@ import torch
 from clip_shapes import random_clip
 from local_step import check_equal
 from onnx import ModelProto
-from record import Row, append_record, floor_again, interleave, machine_floor, print_rows
+from record import Row, append_record, floor_again, interleave, machine_floor, print_rows, repeated
 from torch import Tensor
 
 from fedmpt.edge_client.onnx_session import open_session
@@ -117,8 +116,8 @@ def measure(tokens: int, repeats: int, flops_per_second: float) -> list[Row]:
         passes = 1 if what == "scores" else 2
         flops = 2.0 * passes * PHOTOS[what] * (tokens - 1) * WIDTH * len(DEFAULT_CONDITIONS) * len(LABELS)
         parameters = {"tokens": tokens, "photos": PHOTOS[what], "labels": len(LABELS)}
-        repeated = {name: functools.partial(call, way) for name, way in ways.items()}
-        seconds = interleave(repeated, repeats, warmup=2, before=lambda name: time.sleep(REST))
+        samples_of = {name: repeated(way, CALLS) for name, way in ways.items()}
+        seconds = interleave(samples_of, repeats, warmup=2, before=lambda name: time.sleep(REST))
         eager, onnx = (
             Row(
                 f"{what}: {name}",
@@ -131,12 +130,6 @@ def measure(tokens: int, repeats: int, flops_per_second: float) -> list[Row]:
         )
         rows += [eager, onnx.compared_with(eager)]
     return rows
-
-
-def call(way: Callable[[], object]) -> None:
-    """One sample."""
-    for _ in range(CALLS):
-        way()
 
 
 def in_onnx(model: ModelProto, feed: Outputs, plan_memory: bool) -> Callable[[], Outputs]:

@@ -112,6 +112,16 @@ def interleave(
     return seconds
 
 
+def repeated(case: Callable[[], object], calls: int) -> Callable[[], None]:
+    """The same case so often that neither the clock's resolution nor a first call after a rest matters."""
+
+    def run() -> None:
+        for _ in range(calls):
+            case()
+
+    return run
+
+
 def machine_floor(products: Products = ((1024, 1024, 1024),)) -> dict[str, float]:
     """What this machine reaches: float32 products in FLOP/s, copies in bytes/s (read plus written).
 

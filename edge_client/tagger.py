@@ -88,9 +88,8 @@ class Tagger:
         if not path.is_file():
             raise TaggerError(f"{path}: not found; make it with `fedmpt export`")
         session = open_session(path, device, threads, apart=many)
-        streams = (
-            (threads or len(os.sched_getaffinity(0))) if many and session_device(session) == "cpu" else 1
-        )
+        on_cpu = session_device(session) == "cpu"
+        streams = (threads or len(os.sched_getaffinity(0))) if many and on_cpu else 1
         text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY, "")
         info = info_from_json(text, str(path))
         size, labels = info.image_size, len(info.labels)

@@ -30,9 +30,8 @@ SUFFIXES = frozenset(
 # In folders these are not passed over in silence: their owner takes them for photos, and is told to convert them.
 UNREAD_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
 BATCH_SIZE = 8
-STREAM_BATCH_SIZE = (
-    2  # where each core computes a batch of its own: it is as fast, and the last cores idle less
-)
+# Where each core computes a batch of its own: it is as fast, and the last cores idle less.
+STREAM_BATCH_SIZE = 2
 LOOKAHEAD = 3  # batches that are decoded while others are computed
 
 
@@ -101,9 +100,8 @@ def tag_photos(
             while True:
                 for path in itertools.islice(photos, (streams + LOOKAHEAD) * batch_size - len(pending)):
                     pending.append((path, decoders.submit(_decode, path, size)))
-                while (
-                    pending and len(computing) <= streams
-                ):  # one more, so that none idles while results are used
+                # One batch more than there are streams, so that none idles while results are used.
+                while pending and len(computing) <= streams:
                     fair = -(-len(pending) // streams)  # the last photos go to as many cores as there are
                     batch = [pending.popleft() for _ in range(min(batch_size, fair))]
                     computing.append(computers.submit(_tag_batch, tagger, batch, choose, explain))

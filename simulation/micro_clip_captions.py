@@ -194,10 +194,10 @@ def strange_sentence(name: str, longest: int, generator: np.random.Generator) ->
         elif kind < 0.6:
             word = "".join(_pick(_CHARACTERS, generator) for _ in range(size))
         else:
-            whole = _pick(_CAPTION_WORDS, generator)
+            whole = _pick(CAPTION_WORDS, generator)
             start = int(generator.integers(len(whole)))
             word = whole[start : start + size]
-        if word in _CAPTION_WORDS and word not in _PLAIN_WORDS:
+        if word in CAPTION_WORDS and word not in _PLAIN_WORDS:
             continue
         words.append(word)
         left -= len(word.encode())
@@ -300,7 +300,7 @@ def all_sentences() -> list[str]:
 _CHARACTERS = tuple(
     2 * string.ascii_lowercase + string.digits + ",.!?'-:" + "àáâãäåæçèéêëìíîïðñòóôõöøùúûüýþÿ"
 )
-_CAPTION_WORDS = tuple(sorted({word.strip(".,") for text in all_sentences() for word in text.split()} - {""}))
+CAPTION_WORDS = tuple(sorted({word.strip(".,") for text in all_sentences() for word in text.split()} - {""}))
 ART_STYLES = tuple(list(STYLES).index(name) for name in ("flat", "sketch", "mosaic", "negative"))
 PHOTOS = (0.0,) * len(ART_STYLES)  # the codes of words
 CODE_SIZE = 0.03  # standard deviation of a code's numbers, about that of the words' embeddings

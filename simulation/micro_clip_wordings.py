@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedmpt.simulation.micro_clip_captions import CONDITIONS, VALUES, all_sentences
+from fedmpt.simulation.micro_clip_captions import CAPTION_WORDS, CONDITIONS, VALUES
 
 PROMPT = "a photo of a {}."
 # What an operator would try first: other sentences, the named styles, the conditions; all but the fifth in words that
@@ -36,8 +36,7 @@ OUTSIDE = (
 def strange_wordings(count: int = 60, seed: int = 0) -> tuple[str, ...]:
     """FOUND, and sentences of 4 to 12 words that no caption has, the label among them."""
     generator = np.random.default_rng(seed)
-    known = {word.strip(".,") for sentence in all_sentences() for word in sentence.split()}
-    words = [word for word in OUTSIDE.split() if word not in known]
+    words = [word for word in OUTSIDE.split() if word not in CAPTION_WORDS]
     sentences = list(FOUND)
     while len(sentences) < count:
         chosen = generator.choice(words, int(generator.integers(4, 13))).tolist()
