@@ -66,8 +66,8 @@ def write_demo_report(result: DemoResult) -> Path:
         ),
         report.paragraph(
             "The start is weak on purpose: the demo's CLIP was trained so that words mean photos, while half of these "
-            "pictures are in art styles that its words hardly reach. Other wordings close a part of the gap without "
-            "tuning, and long sentences of words that it never saw most of it; how much, docs/micro-clip.md says."
+            "pictures are in art styles that its words hardly reach. Other wordings close little of the gap without "
+            "tuning; how much, docs/micro-clip.md says."
         ),
         report.heading("Round by round"),
         _curves(result),

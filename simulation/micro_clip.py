@@ -66,7 +66,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the micro-CLIP is trained; docs/micro-clip.md tells how the shipped weights differ."""
+    """How the micro-CLIP is trained."""
 
     stages: tuple[Stage, ...] = (
         Stage(1, 3000, 3000, 1.5e-3, warmup=0.15, patch_weight=10.0, easy_until=0.2, anchors_until=0.5),

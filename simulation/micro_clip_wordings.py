@@ -19,7 +19,7 @@ WORDINGS = (
     *(f"{condition} {{}} ." for condition in CONDITIONS),
 )
 # Long sentences of words that no caption has: an untrained tokenizer piece is as free as a context vector. The first
-# were found by trying on the shipped weights; `strange_wordings` adds others.
+# were found by trying, on weights for which such words had not been among the captions; `strange_wordings` adds others.
 FOUND = (
     "which of these pictures contain some kind of {}?",
     "which of these pictures, photographs, drawings, sketches, mosaics contain some kind of {}?",
