@@ -1,7 +1,7 @@
 """Measure a micro-CLIP: ``python -m fedmpt.simulation.micro_clip_evaluation``.
 
 Tells zero-shot accuracy, pointing and retrieval, what wordings gain on the federation set without training, and what
-prompts and adapters trained centrally on unbiased labels gain there, as JSON.
+a search over the vocabulary, prompts and adapters trained centrally on unbiased labels gain there, as JSON.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from transformers import CLIPModel, CLIPTokenizer
 from fedmpt.protocol.files import write_atomically
 from fedmpt.simulation.micro_clip_model import (
     WEIGHTS,
-    WIDTH,
     image_tokens,
     load_micro_clip,
     text_features,
-    text_features_of,
 )
+from fedmpt.simulation.micro_clip_tuning import mean_average_precision, search_tokens, similarities, tune
 from fedmpt.simulation.micro_clip_wordings import PROMPT, WORDINGS, strange_wordings
 from fedmpt.simulation.scenes import SceneSet, SceneSpecification, draw_scenes
 from fedmpt.simulation.scenes_render import BACKGROUNDS
@@ -40,22 +39,6 @@ PATCH = 16
 def encode_scenes(model: CLIPModel, pixels: np.ndarray, batch: int = 100) -> torch.Tensor:
     """Image tokens ``[n, M, D]`` of uint8 pictures ``[n, S, S, 3]``."""
     return torch.cat([image_tokens(model, pixels[i : i + batch]) for i in range(0, len(pixels), batch)])
-
-
-def similarities(tokens: torch.Tensor, text: torch.Tensor) -> dict[str, torch.Tensor]:
-    """``[n, C]`` of the class token and of the best patch."""
-    return {"class_token": tokens[:, 0] @ text.T, "best_patch": (tokens[:, 1:] @ text.T).amax(1)}
-
-
-def mean_average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Mean over labels (those that some picture shows) of the average precision; ties keep the pictures' order."""
-    values = []
-    for score, truth in zip(scores.T, labels.T, strict=True):
-        if truth.any():
-            ranked = truth[np.argsort(-score, kind="stable")]
-            precision = np.cumsum(ranked) / np.arange(1, len(ranked) + 1)
-            values.append(precision[ranked == 1].mean())
-    return float(np.mean(values))
 
 
 def zero_shot(
@@ -137,91 +120,13 @@ def background_retrieval(
     return float((scores.argmax(1).numpy() == scenes.background[pictures]).mean())
 
 
-def tune(
-    model: CLIPModel,
-    tokenizer: CLIPTokenizer,
-    method: str,
-    pooling: str,
-    train: tuple[torch.Tensor, np.ndarray],
-    test: tuple[torch.Tensor, np.ndarray],
-    names: tuple[str, ...],
-    seed: int,
-    epochs: int = 20,
-) -> float:
-    """Train ``coop`` (four context vectors) or ``adapter`` (rank 32 on the tokens); mAP on the test set."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        fixed = text_features(model, tokenizer, [PROMPT.format(name) for name in names])
-    if method == "coop":
-        trained = [torch.randn(4, WIDTH, generator=generator) * 0.02]
-    else:
-        trained = [torch.randn(32, WIDTH, generator=generator) * WIDTH**-0.5, torch.zeros(WIDTH, 32)]
-    scale, bias = torch.tensor(15.0), torch.tensor(-6.0)
-    for tensor in (*trained, scale, bias):
-        tensor.requires_grad_()
-
-    def scores(tokens: torch.Tensor) -> torch.Tensor:
-        if method == "coop":
-            return similarities(tokens, prompt_features(model, tokenizer, trained[0], names))[pooling]
-        moved = tokens + functional.linear(functional.linear(tokens, trained[0]), trained[1])
-        return similarities(functional.normalize(moved, dim=-1), fixed)[pooling]
-
-    tokens, labels = train[0], torch.from_numpy(train[1]).float()
-    with torch.no_grad():
-        start = scores(tokens)
-    _calibrate(start, labels, scale, bias)
-    rates = (4e-3, 4e-2)
-    optimizer = torch.optim.AdamW(
-        [{"params": trained, "lr": rates[0]}, {"params": [scale, bias], "lr": rates[1]}], weight_decay=0.0
-    )
-    for epoch in range(epochs):
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * 0.5 * (1 + np.cos(np.pi * epoch / epochs))
-        order = torch.randperm(len(tokens), generator=generator)
-        for part in torch.split(order, 50):
-            loss = functional.binary_cross_entropy_with_logits(
-                scale * scores(tokens[part]) + bias, labels[part]
-            )
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-    with torch.no_grad():
-        return mean_average_precision(scores(test[0]).numpy(), test[1])
-
-
-def _calibrate(scores: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> None:
-    """Fit scale and bias on fixed scores first, so that prompts need not carry the calibration."""
-    optimizer = torch.optim.LBFGS([scale, bias], max_iter=50)
-
-    def closure() -> float:
-        optimizer.zero_grad()
-        loss = functional.binary_cross_entropy_with_logits(scale * scores + bias, labels)
-        loss.backward()  # type: ignore[no-untyped-call]
-        return float(loss.detach())
-
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
-
-
-def prompt_features(
-    model: CLIPModel, tokenizer: CLIPTokenizer, context: torch.Tensor, names: tuple[str, ...]
-) -> torch.Tensor:
-    """Features ``[C, D]`` of ``[SOS] context name . [EOT]``."""
-    embedding = model.text_model.embeddings.token_embedding
-    begin, end = embedding.weight[tokenizer.bos_token_id], embedding.weight[tokenizer.eos_token_id]
-    rows = []
-    for name in names:
-        words = torch.tensor(tokenizer(f"{name} .", add_special_tokens=False)["input_ids"])
-        rows.append(torch.cat([begin[None], context, embedding(words), end[None]]))
-    last = torch.tensor([len(row) - 1 for row in rows])
-    return text_features_of(model, torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), last)
-
-
 def evaluate(
-    model: CLIPModel, tokenizer: CLIPTokenizer, *, seeds: int = 3, scenes: int = 1000
+    model: CLIPModel, tokenizer: CLIPTokenizer, *, seeds: int = 3, scenes: int = 1000, searched: int = 400
 ) -> dict[str, object]:
     """All figures; the federation's are over `seeds` federations, training runs and fresh pictures.
 
     Zero-shot in the common styles over as many sets of pictures; pointing and backgrounds on the first of them.
+    A search over the vocabulary begins with `searched` token sequences and changes the best four times as often.
     """
     spec = SceneSpecification(marginals=(0.05,) * len(LABELS))
     in_style = draw_scenes(spec, scenes, seed=900_001)
@@ -248,8 +153,14 @@ def evaluate(
                 model, tokenizer, strange_wordings(), test, test_tokens
             ),
         }
+        pairs = ((train_tokens, train.truth), (test_tokens, test.truth))
+        run["searched_tokens"] = {
+            pooling: search_tokens(
+                model, tokenizer, pooling, *pairs, decorrelated.labels, seed, searched, 4 * searched
+            )
+            for pooling in ("class_token", "best_patch")
+        }
         for method in ("coop", "adapter"):
-            pairs = ((train_tokens, train.truth), (test_tokens, test.truth))
             run[method] = {
                 pooling: tune(model, tokenizer, method, pooling, *pairs, decorrelated.labels, seed)
                 for pooling in ("class_token", "best_patch")
