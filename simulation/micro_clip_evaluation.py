@@ -25,7 +25,7 @@ from fedmpt.simulation.micro_clip_model import (
     text_features,
 )
 from fedmpt.simulation.micro_clip_tuning import mean_average_precision, search_tokens, similarities, tune
-from fedmpt.simulation.micro_clip_wordings import PROMPT, WORDINGS, strange_wordings
+from fedmpt.simulation.micro_clip_wordings import PROMPT, STYLE_WORDINGS, WORDINGS, strange_wordings
 from fedmpt.simulation.scenes import SceneSet, SceneSpecification, draw_scenes
 from fedmpt.simulation.scenes_render import BACKGROUNDS
 from fedmpt.simulation.scenes_sets import federation_plan
@@ -149,6 +149,7 @@ def evaluate(
         run: dict[str, object] = {
             "zero_shot": zero_shot(model, tokenizer, test, test_tokens),
             "untrained_wordings": best_wording(model, tokenizer, WORDINGS, test, test_tokens),
+            "untrained_style_wordings": best_wording(model, tokenizer, STYLE_WORDINGS, test, test_tokens),
             "untrained_strange_wordings": best_wording(
                 model, tokenizer, strange_wordings(), test, test_tokens
             ),

@@ -18,6 +18,8 @@ WORDINGS = (
     *(f"a {style} picture of a {{}}." for style in VALUES["style"]),
     *(f"{condition} {{}} ." for condition in CONDITIONS),
 )
+# For photos and for the two of the four art styles that captions name: the best that was found to average.
+STYLE_WORDINGS = (PROMPT, "a flat picture of a {}.", "a sketch picture of a {}.")
 # Long sentences of words that no caption has: an untrained tokenizer piece is as free as a context vector. The first
 # were found by trying, on weights for which such words had not been among the captions; `strange_wordings` adds others.
 FOUND = (

@@ -71,6 +71,12 @@ def gap_table() -> str:
             "the best of fourteen plain wordings, chosen on these very pictures", words, "POOLING", "best"
         )
         + plain("the mean of the fourteen wordings' text features", words, "POOLING", "mean_of_features")
+        + plain(
+            "the mean of a photo's, a flat and a sketch picture's wording",
+            "untrained_style_wordings",
+            "POOLING",
+            "mean_of_features",
+        )
         + plain("the median of sixty strange sentences", strange, "POOLING", "median")
         + plain("the best of the sixty, chosen on these very pictures", strange, "POOLING", "best")
         + plain(
