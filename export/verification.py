@@ -15,10 +15,12 @@ from fedmpt.export.methods import Setup
 from fedmpt.protocol.errors import FedmptError
 from fedmpt.protocol.manifest import BundleManifest
 
-# Relative to the largest entry of each output: float32 sums of another order differ by up to 1e-5, and the gradient of
-# a context that all labels share, where most of it cancels, by up to 4e-5 (PyTorch from float64 by 1e-5). A plan
-# magnifies the rounding of its cosines, by s/τ in the cost and 1/λ in the exponent, so that a sharp one needs more.
-TOLERANCE = 1e-4
+# Relative to the largest entry of each output: float32 sums of another order differ by up to 1e-5. A plan magnifies
+# the rounding of its cosines, by s/τ in the cost and 1/λ in the exponent, so that a sharp one needs more.
+TOLERANCE = 2e-5
+# Most of a context's gradient cancels, since labels and photos share it: that one differs by up to 4e-5 (PyTorch alone
+# by 1e-5 from float64).
+CONTEXT_GRADIENT_TOLERANCE = 1e-4
 TOLERANCE_PER_SHARPNESS = 4e-9  # s/τλ: 1,250 for the default at CLIP's logit scale of 100
 
 
@@ -84,9 +86,11 @@ def _compare(
         exact = reference.numpy()
         size = max(float(np.abs(exact).max()), least.get(output, 1e-6))
         difference = float(np.abs(array - exact).max()) / size
-        if not difference <= allowed:
+        context = output.startswith("gradient.") and output.endswith("context")
+        limit = max(allowed, CONTEXT_GRADIENT_TOLERANCE) if context else allowed
+        if not difference <= limit:
             raise VerificationError(
-                f"{path.name}: {output} differs from PyTorch by {difference:.1e} (allowed {allowed:.0e}); "
+                f"{path.name}: {output} differs from PyTorch by {difference:.1e} (allowed {limit:.0e}); "
                 "try other versions of torch, onnxscript and onnxruntime"
             )
         worst = max(worst, difference)

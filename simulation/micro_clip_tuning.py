@@ -133,8 +133,8 @@ def search_tokens(
     test: Pictures,
     names: tuple[str, ...],
     seed: int,
-    tries: int = 400,
-    changes: int = 1500,
+    tries: int,
+    changes: int,
 ) -> dict[str, float]:
     """mAP on the test set of the best of `tries` random token sequences around a label, chosen on the training set
     (``random``), and after `changes` single tokens were changed, put in or taken out, each kept where it helped there
