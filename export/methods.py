@@ -305,11 +305,11 @@ METHODS = {
 # Controls, which change one thing each: the same prompt on pooled patches instead of the class token, and what can be
 # had without training: the mean of wordings' text features (prompt ensembling; Radford et al. 2021), for photos and
 # for the two art styles that the micro-CLIP's captions name.
-_WORDINGS = ("a photo of a", "a flat picture of a", "a sketch picture of a")
+ENSEMBLE_WORDINGS = ("a photo of a", "a flat picture of a", "a sketch picture of a")
 _ENSEMBLE = replace(
     METHODS["zero-shot"],
     name="zero-shot-ensemble",
-    phrases=lambda conditions: _WORDINGS,
+    phrases=lambda conditions: ENSEMBLE_WORDINGS,
     text=lambda text, state: towers.normalise(text.mean(0, keepdim=True)),
 )
 METHODS |= {

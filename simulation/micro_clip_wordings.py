@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from fedmpt.export.methods import ENSEMBLE_WORDINGS
 from fedmpt.simulation.micro_clip_captions import CAPTION_WORDS, CONDITIONS, VALUES
 
 PROMPT = "a photo of a {}."
@@ -18,8 +19,8 @@ WORDINGS = (
     *(f"a {style} picture of a {{}}." for style in VALUES["style"]),
     *(f"{condition} {{}} ." for condition in CONDITIONS),
 )
-# For photos and for the two of the four art styles that captions name: the best that was found to average.
-STYLE_WORDINGS = (PROMPT, "a flat picture of a {}.", "a sketch picture of a {}.")
+# What the method zero-shot-ensemble averages: the best that was found.
+STYLE_WORDINGS = tuple(f"{wording} {{}}." for wording in ENSEMBLE_WORDINGS)
 # Long sentences of words that no caption has: an untrained tokenizer piece is as free as a context vector. The first
 # were found by trying, on weights for which such words had not been among the captions; `strange_wordings` adds others.
 FOUND = (
