@@ -49,6 +49,7 @@ def tune(
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         fixed = text_features(model, tokenizer, [PROMPT.format(name) for name in names])
+    texts = _embedded(model, tokenizer, [f"{name} ." for name in names])
     if method == "coop":
         trained = [torch.randn(4, WIDTH, generator=generator) * 0.02]
     else:
@@ -59,7 +60,8 @@ def tune(
 
     def scores(tokens: torch.Tensor) -> torch.Tensor:
         if method == "coop":
-            return similarities(tokens, prompt_features(model, tokenizer, trained[0], names))[pooling]
+            context = trained[0]  # [SOS] context name . [EOT]
+            return similarities(tokens, _features(model, tokenizer, context, texts, context[:0]))[pooling]
         moved = tokens + functional.linear(functional.linear(tokens, trained[0]), trained[1])
         return similarities(functional.normalize(moved, dim=-1), fixed)[pooling]
 
@@ -99,27 +101,24 @@ def _calibrate(scores: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor, 
     optimizer.step(closure)  # type: ignore[no-untyped-call]
 
 
-def prompt_features(
-    model: CLIPModel, tokenizer: CLIPTokenizer, context: torch.Tensor, names: tuple[str, ...]
-) -> torch.Tensor:
-    """Features ``[C, D]`` of ``[SOS] context name . [EOT]``."""
-    return _features(model, tokenizer, context, [f"{name} ." for name in names], context[:0])
+@torch.no_grad()
+def _embedded(model: CLIPModel, tokenizer: CLIPTokenizer, texts: list[str]) -> list[torch.Tensor]:
+    """The embeddings ``[k, W]`` of each text's tokens."""
+    embedding = model.text_model.embeddings.token_embedding
+    return [embedding(torch.tensor(ids)) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
 
 def _features(
     model: CLIPModel,
     tokenizer: CLIPTokenizer,
     before: torch.Tensor,
-    names: list[str],
+    texts: list[torch.Tensor],
     after: torch.Tensor,
 ) -> torch.Tensor:
-    """Features ``[C, D]`` of each name between two runs of token embeddings ``[k, W]``."""
-    embedding = model.text_model.embeddings.token_embedding
-    begin, end = embedding.weight[tokenizer.bos_token_id], embedding.weight[tokenizer.eos_token_id]
-    rows = []
-    for name in names:
-        words = embedding(torch.tensor(tokenizer(name, add_special_tokens=False)["input_ids"]))
-        rows.append(torch.cat([begin[None], before, words, after, end[None]]))
+    """Features ``[C, D]`` of each embedded text between two runs of embeddings ``[k, W]``."""
+    weight = model.text_model.embeddings.token_embedding.weight
+    begin, end = weight[tokenizer.bos_token_id], weight[tokenizer.eos_token_id]
+    rows = [torch.cat([begin[None], before, words, after, end[None]]) for words in texts]
     last = torch.tensor([len(row) - 1 for row in rows])
     return text_features_of(model, torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), last)
 
@@ -141,13 +140,14 @@ def search_tokens(
     (``climbed``)."""
     generator = np.random.default_rng(seed)
     embeddings = model.text_model.embeddings.token_embedding.weight
+    texts = _embedded(model, tokenizer, list(names))
     vocabulary = min(tokenizer.bos_token_id, tokenizer.eos_token_id)  # these two come last
 
     def score(tokens: list[int], place: int, pictures: Pictures) -> float:
         before, after = (
             embeddings[torch.tensor(part, dtype=torch.long)] for part in (tokens[:place], tokens[place:])
         )
-        text = _features(model, tokenizer, before, list(names), after)
+        text = _features(model, tokenizer, before, texts, after)
         return mean_average_precision(similarities(pictures[0], text)[pooling].numpy(), pictures[1])
 
     best: tuple[float, list[int], int] = (-1.0, [], 0)
