@@ -286,7 +286,7 @@ class OnnxStep:
         self.session: Any = None
 
     def open(self) -> None:
-        self.session = open_session(self.path, "cpu", plan_memory=False)
+        self.session = open_session(self.path, "cpu", files=(TEXT_WEIGHTS,), plan_memory=False)
 
     def close(self) -> None:
         """Give the session's memory back."""

@@ -23,7 +23,9 @@ def peak_of_steps(folder: Path, steps: int = 4) -> float:
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        session = open_session(folder / "train_step.onnx", "cpu", plan_memory=False)
+        session = open_session(
+            folder / "train_step.onnx", "cpu", files=("text_weights.safetensors",), plan_memory=False
+        )
         kinds = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
         feed = {item.name: np.full(item.shape, 0.01, kinds[item.type]) for item in session.get_inputs()}
         feed["labels"] = np.ones_like(feed["labels"])

@@ -152,7 +152,7 @@ def build_cache(
     )
     workers = threads or len(os.sched_getaffinity(0))
     with cache_store.open_store(out, meta) as store:
-        encoder = Encoder(encoder_file, device, manifest.clip.image_size, workers)
+        encoder = Encoder(encoder_file, device, manifest.clip.image_size, workers, manifest.files)
         _check_space(out, store, len(photos))
         build = _Build(store)
         if progress:

@@ -11,6 +11,7 @@ import platform
 import shutil
 import socket
 import ssl
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from fedmpt.edge_client.onnx_session import (
     SessionError,
     describe,
     import_onnxruntime,
+    is_confined,
     open_session,
     session_device,
 )
@@ -71,6 +73,7 @@ def check_versions() -> Iterator[Check]:
     providers = onnxruntime.get_available_providers()
     usable = [name for name, provider in PROVIDERS.items() if provider in providers]
     text = f"{onnxruntime.__version__}, built for {', '.join(usable)}"
+    yield _confinement(onnxruntime)
     if nvidia := nvidia_device():
         if "cuda" not in usable:
             text += f"; but {nvidia} is there: for CUDA pip uninstall -y onnxruntime && pip install "
@@ -84,6 +87,20 @@ def check_versions() -> Iterator[Check]:
     )
 
 
+def _confinement(onnxruntime: Any) -> Check:
+    """Whether ONNX Runtime keeps graphs from other files by itself, or our check of every graph is all there is."""
+    if is_confined(onnxruntime):
+        return Check("external data", "ok", "ONNX Runtime and fedmpt keep graphs from reading other files")
+    text = (
+        f"ONNX Runtime {onnxruntime.__version__} lets a graph read any file; fedmpt checks every graph before it opens "
+        "it, other programs may not"
+    )
+    # For Python 3.10 there is no newer one.
+    if sys.version_info < (3, 11):
+        return Check("external data", "ok", text)
+    return Check("external data", "warning", f"{text}; run: pip install 'onnxruntime>=1.24.1'")
+
+
 def check_bundle(folder: Path, device: str) -> Iterator[Check]:
     """Whether a bundle is whole, and on which device its graphs really run."""
     try:
@@ -95,7 +112,7 @@ def check_bundle(folder: Path, device: str) -> Iterator[Check]:
     text = f"{manifest.method}, {len(manifest.labels)} labels, digest {manifest.digest[:12]}…"
     yield Check("bundle", "ok", text)
     try:
-        session = open_session(folder / manifest.graphs["head"].file, device)
+        session = open_session(folder / manifest.graphs["head"].file, device, files=manifest.files)
     except FedmptError as error:
         yield Check("device", "failed", str(error))
     else:

@@ -7,7 +7,7 @@ import hashlib
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,13 +44,15 @@ class EncodedPhoto:
 class Encoder:
     """The image encoder of a bundle, to be called from several threads at once; ``size`` is its image size S.
 
+    ``files`` are the bundle's, from which it may read weights.
+
     On a CPU each call keeps to its caller's core, which leaves none idle while photos are decoded. Other devices take
     one batch at a time.
     """
 
-    def __init__(self, path: Path, device: str, size: int, threads: int) -> None:
+    def __init__(self, path: Path, device: str, size: int, threads: int, files: Collection[str] = ()) -> None:
         self.size = size
-        self._session = open_session(path, device, threads, apart=True)
+        self._session = open_session(path, device, threads, files=files, apart=True)
         on_cpu = session_device(self._session) == "cpu"
         self._turn = contextlib.nullcontext() if on_cpu else threading.Lock()
 

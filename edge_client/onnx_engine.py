@@ -66,7 +66,11 @@ class OnnxEngine:
         if name not in self._sessions:
             file = self._manifest.graphs[name].file
             self._sessions[name] = open_session(
-                self._bundle / file, self._device, self._threads, plan_memory=False
+                self._bundle / file,
+                self._device,
+                self._threads,
+                files=self._manifest.files,
+                plan_memory=False,
             )
         return self._sessions[name]
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import os
+import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from fedmpt.protocol.errors import FedmptError
+from fedmpt.protocol.onnx_file import OnnxFileError, check_external_data
 
 DEVICES = ("auto", "cpu", "cuda", "tensorrt")
 PROVIDERS = {
@@ -17,6 +20,7 @@ PROVIDERS = {
     "tensorrt": "TensorrtExecutionProvider",
 }
 GPU_FILES = ("/dev/nvidia0", "/dev/nvhost-gpu", "/dev/nvgpu", "/dev/dxg")
+CONFINED = (1, 24, 1)  # from this version on ONNX Runtime reads no file outside a graph's folder
 REINSTALL = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'fedmpt-edge[cpu]'  (or [gpu])"
 
 logger = logging.getLogger(__name__)
@@ -31,6 +35,7 @@ def open_session(
     device: str = "auto",
     threads: int | None = None,
     *,
+    files: Collection[str] = (),
     apart: bool = False,
     plan_memory: bool = True,
 ) -> Any:
@@ -41,17 +46,24 @@ def open_session(
         device: ``cpu``, ``cuda`` or ``tensorrt`` (or an error, never another device silently); ``auto`` takes
             CUDA where it works and the CPU where not. TensorRT is never taken unasked: it compiles for minutes.
         threads: CPU threads; all cores that this process may use where None.
+        files: names of the files beside the graph from which it may read weights; everything else is refused before
+            ONNX Runtime sees the graph.
         apart: on a CPU, each run keeps to its caller's core, so that as many callers as there are threads waste no time
             in waiting for the slowest core in every operation.
         plan_memory: lay out each run's tensors in one block beforehand, and keep weights repacked for products.
             Without both, a train step of three ViT-B/16 blocks took 115 instead of 248 MB, and no longer.
 
     Raises:
-        SessionError: no or two ONNX Runtimes installed, the device cannot be had, or the graph cannot be opened.
+        SessionError: no or two ONNX Runtimes installed, the device cannot be had, or the graph cannot be opened or
+            would read other files.
     """
     if device not in DEVICES:
         raise SessionError(f"device {device!r} is unknown; use one of {', '.join(DEVICES)}")
     onnxruntime = import_onnxruntime()
+    try:
+        check_external_data(path, files)
+    except OnnxFileError as error:
+        raise SessionError(str(error)) from error
     count = threads or len(os.sched_getaffinity(0))
     options = onnxruntime.SessionOptions()
     options.inter_op_num_threads = 1
@@ -59,6 +71,8 @@ def open_session(
     options.enable_mem_pattern = plan_memory
     if not plan_memory:  # weights then stay in the pages of their file, which the kernel may drop
         options.add_session_config_entry("session.disable_prepacking", "1")
+    # Whatever the file's name: what was checked is what is opened.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
     options.log_severity_level = 3  # the fallbacks that it warns of are checked and told below
     wanted = "cuda" if device == "auto" else device
     obstacle = _obstacle(onnxruntime, wanted)
@@ -90,6 +104,12 @@ def open_session(
     level = logging.WARNING if obstacle and has_nvidia_gpu() else logging.INFO
     logger.log(level, "%s runs on %s%s", path.name, describe(used, count), remark)
     return session
+
+
+def is_confined(onnxruntime: Any) -> bool:
+    """Whether this ONNX Runtime itself refuses external data outside a graph's folder."""
+    numbers = re.findall(r"\d+", onnxruntime.__version__)[:3]
+    return tuple(map(int, numbers)) >= CONFINED
 
 
 def session_device(session: Any) -> str:

@@ -14,6 +14,7 @@ from onnx.reference import ReferenceEvaluator
 
 from fedmpt.protocol.errors import FedmptError
 from fedmpt.protocol.manifest import BundleManifest
+from fedmpt.protocol.onnx_file import check_external_data
 
 State = Mapping[str, NDArray[Any]]
 
@@ -28,8 +29,7 @@ def compose_tagger(
     bundle: Path, manifest: BundleManifest, state: State, temperature: float, heatmaps: bool
 ) -> onnx.ModelProto:
     """Join image encoder, head, temperature and sigmoid; text features and state become constants."""
-    encoder = onnx.load(bundle / manifest.graphs["image_encoder"].file)
-    head = onnx.load(bundle / manifest.graphs["head"].file)
+    encoder, head = (_load(bundle, manifest, name) for name in ("image_encoder", "head"))
     text = text_features(bundle, manifest, state)
     constants = {"text": text, **{name: np.asarray(value, np.float32) for name, value in state.items()}}
     _fold_inputs(head.graph, constants)
@@ -81,6 +81,7 @@ def text_features(bundle: Path, manifest: BundleManifest, state: State) -> NDArr
     graph = manifest.graphs["text_features"]
     inputs = {name: np.asarray(state[name], np.float32) for name in graph.inputs}
     path = bundle / graph.file
+    check_external_data(path, manifest.files)
     try:
         import onnxruntime
     except ModuleNotFoundError:
@@ -91,6 +92,12 @@ def text_features(bundle: Path, manifest: BundleManifest, state: State) -> NDArr
     if not np.isfinite(text).all():
         raise ExportError("state: its text features are not finite; take an earlier round's state")
     return text
+
+
+def _load(bundle: Path, manifest: BundleManifest, name: str) -> onnx.ModelProto:
+    path = bundle / manifest.graphs[name].file
+    check_external_data(path, manifest.files)
+    return onnx.load(path)
 
 
 def _fold_inputs(graph: onnx.GraphProto, constants: Mapping[str, NDArray[np.float32]]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from fedmpt.export.graphs import Tensors
 from fedmpt.export.methods import Setup
 from fedmpt.protocol.errors import FedmptError
 from fedmpt.protocol.manifest import BundleManifest
+from fedmpt.protocol.onnx_file import check_external_data
 
 # Relative to the largest entry of each output: float32 sums of another order differ by up to 1e-5. A plan magnifies
 # the rounding of its cosines, by s/τ in the cost and 1/λ in the exponent, so that a sharp one needs more.
@@ -68,17 +69,23 @@ def verify_graphs(
     sharpness = setup.logit_scale / setup.pooling.tau / setup.pooling.reg
     allowed = TOLERANCE + TOLERANCE_PER_SHARPNESS * sharpness
     return {
-        name: _compare(folder / manifest.graphs[name].file, given, outputs, least, allowed)
+        name: _compare(folder / manifest.graphs[name].file, manifest.files, given, outputs, least, allowed)
         for name, outputs in expected.items()
     }
 
 
 def _compare(
-    path: Path, given: Tensors, expected: Tensors, least: Mapping[str, float], allowed: float
+    path: Path,
+    files: Collection[str],
+    given: Tensors,
+    expected: Tensors,
+    least: Mapping[str, float],
+    allowed: float,
 ) -> float:
     """The graph's largest difference, relative to an output's largest entry, or to ``least`` where that is more."""
     import onnxruntime
 
+    check_external_data(path, files)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     inputs = {item.name: given[item.name].numpy() for item in session.get_inputs()}
     worst = 0.0

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from fedmpt.protocol.errors import FedmptError
 from fedmpt.protocol.files import sha256_file, write_atomically
+from fedmpt.protocol.onnx_file import check_external_data
 from fedmpt.protocol.text import quoted
 
 FORMAT = "fedmpt-bundle"
@@ -177,6 +178,9 @@ def load_manifest(folder: Path) -> BundleManifest:
     for name in [*manifest.files, *(graph.file for graph in manifest.graphs.values())]:
         if Path(name).name != name or name in ("", ".", ".."):
             raise BundleError(f"{path}: file name {name!r} leaves the bundle folder; do not use this bundle")
+    for graph in manifest.graphs.values():
+        if graph.file not in manifest.files:
+            raise BundleError(f"{path}: {graph.file} has no digest in it; do not use this bundle")
     return manifest
 
 
@@ -187,10 +191,11 @@ def save_manifest(folder: Path, manifest: BundleManifest) -> None:
 
 
 def verify_bundle(folder: Path, manifest: BundleManifest) -> None:
-    """Check every file of the bundle against its digest.
+    """Check every file of the bundle against its digest, and that its graphs read no other files.
 
     Raises:
         BundleError: a file is missing or differs.
+        OnnxFileError: a graph would read a file that is not of the bundle, or a link.
     """
     for name, expected in manifest.files.items():
         path = folder / name
@@ -198,6 +203,8 @@ def verify_bundle(folder: Path, manifest: BundleManifest) -> None:
             raise BundleError(f"{path}: missing from the bundle; copy the whole bundle folder again")
         if sha256_file(path) != expected:
             raise BundleError(f"{path}: differs from its digest in manifest.json; copy the bundle again")
+    for graph in manifest.graphs.values():
+        check_external_data(folder / graph.file, manifest.files)
 
 
 _PLAIN = frozenset((str, int, float, bool))

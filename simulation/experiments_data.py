@@ -180,7 +180,8 @@ def _encode_scenes(
     manifest: BundleManifest,
     out: Path,
 ) -> None:
-    session = open_session(bundle / manifest.graphs["image_encoder"].file, "cpu", 1)
+    encoder = bundle / manifest.graphs["image_encoder"].file
+    session = open_session(encoder, "cpu", 1, files=manifest.files)
     total = sum(count for _, count in parts)
     shape = (total, manifest.tokens.count, manifest.tokens.width)
     tokens = np.lib.format.open_memmap(out / "tokens.npy", "w+", np.float16, shape)
