@@ -19,10 +19,11 @@ from fedmpt.cli.progress import progress_bar
 from fedmpt.edge_client import tag_results
 from fedmpt.edge_client.heatmaps import write_explanations
 from fedmpt.edge_client.images import PhotoError
+from fedmpt.edge_client.sidecars import NAMINGS, write_sidecar
 from fedmpt.edge_client.tag_journal import Journal
 from fedmpt.edge_client.tagger import Tagger
-from fedmpt.edge_client.tagging import Tagged, find_photos, tag_photos, watch
-from fedmpt.edge_client.xmp import XmpError, sidecar_path, write_tags
+from fedmpt.edge_client.tagging import Tagged, find_photos, is_service_folder, tag_photos, watch
+from fedmpt.edge_client.xmp_packet import XmpError
 from fedmpt.protocol.errors import FedmptError
 from fedmpt.protocol.files import sha256_file
 
@@ -34,7 +35,9 @@ be tagged.
 digiKam, darktable and Immich read the sidecars. Lightroom reads sidecars of proprietary raw files only, which this
 command does not take; of JPEG, TIFF, PNG and DNG it reads the file itself. exiftool puts the tags into copies:
   exiftool -tagsFromFile %d%f.%e.xmp '-XMP-dc:Subject+<XMP-dc:Subject' \\
-    '-XMP-lr:HierarchicalSubject+<XMP-lr:HierarchicalSubject' -ext jpg -o tagged/ photos/"""
+    '-XMP-lr:HierarchicalSubject+<XMP-lr:HierarchicalSubject' -ext jpg -o tagged/ photos/
+  exiftool -overwrite_original -sep '##' -tagsFromFile @ '-XMP-dc:Subject<${XMP-dc:Subject;NoDups}' \\
+    '-XMP-lr:HierarchicalSubject<${XMP-lr:HierarchicalSubject;NoDups}' tagged/"""
 WATCH_SECONDS = 2.0
 EXPLANATION_SIZE = 448  # pixels
 DRAWINGS_JOURNAL = ".journal"  # in the folder of --explain, so that it goes when that is removed
@@ -80,10 +83,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--sidecar",
-        choices=("photo.jpg.xmp", "photo.xmp"),
-        default="photo.jpg.xmp",
-        help="name of sidecars: digiKam, darktable and Immich use the first; the second is what Adobe's programs give "
-        "the raw file of that name, refused where two photos would share it (%(default)s)",
+        choices=NAMINGS,
+        default=NAMINGS[0],
+        help="name of new sidecars; one that exists is written, whatever its name. digiKam, darktable and Immich use "
+        "the first; the second is what Adobe's programs give the raw file of that name, refused where two photos would "
+        "share it (%(default)s)",
+    )
+    parser.add_argument(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave out files and folders of this name below the folders given; * and ? as in a shell, may be given "
+        "again. Thumbnails and waste baskets of NAS systems and the insides of photo libraries are left out anyway",
     )
     parser.add_argument("--watch", action="store_true", help="keep running and tag photos as they appear")
     parser.add_argument("--serve", action="store_true", help="serve a web page on this machine instead")
@@ -178,7 +190,7 @@ class _Results:
 
         Raises:
             PhotoError: its heat maps cannot be drawn; its tags are written.
-            XmpError: as :func:`fedmpt.edge_client.xmp.write_tags`.
+            XmpError: as :func:`fedmpt.edge_client.sidecars.write_sidecar`.
         """
         if result.path in self._to_write:
             self._write_tags(result)
@@ -192,8 +204,7 @@ class _Results:
 
     def _write_tags(self, result: Tagged) -> None:
         if self._stream is None:
-            sidecar = sidecar_path(result.path, self._arguments.sidecar)
-            write_tags(sidecar, [label for label, _ in result.tags])
+            write_sidecar(result.path, [label for label, _ in result.tags], self._arguments.sidecar)
         else:
             render = tag_results.csv_rows if self._arguments.format == "csv" else tag_results.json_line
             self._stream.write(render(result))
@@ -241,15 +252,24 @@ def _photo_lists(
     """The photos to tag, in one list, or in many as they appear; and the event that asks to stop."""
     stop = threading.Event()
     names = [name for source in arguments.photos for name in (_stdin_names() if source == "-" else [source])]
+    if arguments.format == "xmp":
+        names = [name for name in names if not _is_in_service_folder(name, skipped)]
     wanted = functools.partial(_is_wanted, named=set(map(Path, names)), explain=arguments.explain)
     if not arguments.watch:
-        yield list(filter(wanted, find_photos(names, skipped))), stop
+        yield list(filter(wanted, find_photos(names, skipped, arguments.exclude))), stop
         return
     for number in (signal.SIGINT, signal.SIGTERM):
         stack.callback(signal.signal, number, signal.signal(number, lambda *_: stop.set()))
     print(f"watching {', '.join(names)}; Ctrl-C ends", file=sys.stderr)
-    for photos in watch(names, WATCH_SECONDS, stop):
+    for photos in watch(names, WATCH_SECONDS, stop, arguments.exclude):
         yield list(filter(wanted, photos)), stop
+
+
+def _is_in_service_folder(name: str, skipped: Counter[str]) -> bool:
+    """Where nothing is written, although it was named: a shell's pattern names such folders, too."""
+    found = [part for part in Path(os.path.abspath(name)).parts if is_service_folder(part)]  # noqa: PTH100  # no links
+    skipped.update(found[:1])
+    return bool(found)
 
 
 def _is_wanted(path: Path, named: set[Path], explain: Path | None) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import glob
 import itertools
 import os
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,41 @@ SUFFIXES = frozenset(
 )
 # In folders these are not passed over in silence: their owner takes them for photos, and is told to convert them.
 UNREAD_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
+# What NAS systems, operating systems and photo programs keep among the photos: thumbnails, waste baskets, snapshots.
+SERVICE_FOLDERS = frozenset(
+    {
+        "@eadir",
+        "@recycle",
+        "@recently-snapshot",
+        "@tmp",
+        "@sharesnap",
+        "@transcode",
+        "#recycle",
+        "#snapshot",
+        "~snapshot",
+    }
+    | {
+        "$recycle.bin",
+        "recycler",
+        "recycled",
+        "system volume information",
+        "lost+found",
+        "network trash folder",
+    }
+    | {"temporary items", "lost.dir"}
+)
+# Folders that a photo program takes for one file: what it does not know inside would damage it.
+LIBRARY_SUFFIXES = frozenset(
+    {
+        ".photoslibrary",
+        ".photolibrary",
+        ".migratedphotolibrary",
+        ".aplibrary",
+        ".migratedaplibrary",
+        ".lrdata",
+    }
+    | {".lrcat-data", ".lrlibrary", ".cocatalog", ".cosessiondb", ".dtbase2", ".imovielibrary", ".tvlibrary"}
+)
 BATCH_SIZE = 8
 # Where each core computes a batch of its own: it is as fast, and the last cores idle less.
 STREAM_BATCH_SIZE = 2
@@ -44,22 +80,36 @@ class Tagged:
     heatmaps: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
 
-def find_photos(sources: Iterable[str], skipped: Counter[str] | None = None) -> Iterator[Path]:
+def find_photos(
+    sources: Iterable[str], skipped: Counter[str] | None = None, exclude: Collection[str] = ()
+) -> Iterator[Path]:
     """Photo files of files, folders (recursive) and glob patterns, in name order within a folder.
 
-    A named file is yielded whatever it is called, also if it does not exist (its decoding will say so). In folders
-    files without a photo's suffix are passed over and counted in ``skipped`` by suffix; hidden files and folders
-    are not entered; a folder that is reached twice by symbolic links is entered once. What cannot be looked into
-    is yielded like a photo, so that its decoding says why.
+    A named file or folder is taken whatever it is called, also if it does not exist (its decoding will say so). In
+    folders files without a photo's suffix are passed over and counted in ``skipped`` by suffix. Hidden files and
+    folders are left out. So are service folders (see :func:`is_service_folder`) and what a pattern of ``exclude``
+    matches (a name; ``*`` and ``?`` as in a shell), which are counted in ``skipped`` by name. A folder that is reached
+    twice by symbolic links is entered once. What cannot be looked into is yielded like a photo, so that its decoding
+    says why.
     """
     seen: set[tuple[int, int]] = set()
     for source in sources:
         is_pattern = not os.path.lexists(source) and glob.has_magic(source)
-        for path in _expand(source) if is_pattern else [Path(source)]:
-            if _is_folder(path):
-                yield from _photos_below(path, seen, skipped)
+        fixed = len(list(itertools.takewhile(lambda part: not glob.has_magic(part), Path(source).parts)))
+        for path in _expand(source, exclude) if is_pattern else [Path(source)]:
+            if is_pattern and any(_is_left_out(part, exclude) for part in path.parts[fixed:]):
+                if skipped is not None:
+                    skipped[path.name] += 1
+            elif _is_folder(path):
+                yield from _photos_below(path, seen, skipped, exclude)
             else:
                 yield path
+
+
+def is_service_folder(name: str) -> bool:
+    """Whether a folder of this name holds no photos for people: a NAS system's, a waste basket, a library's inside."""
+    folded = name.lower()
+    return folded in SERVICE_FOLDERS or os.path.splitext(folded)[1] in LIBRARY_SUFFIXES  # noqa: PTH122  # a bare name
 
 
 def tag_photos(
@@ -113,7 +163,9 @@ def tag_photos(
             decoders.shutdown(cancel_futures=True)
 
 
-def watch(sources: Sequence[str], interval: float, stop: threading.Event) -> Iterator[list[Path]]:
+def watch(
+    sources: Sequence[str], interval: float, stop: threading.Event, exclude: Collection[str] = ()
+) -> Iterator[list[Path]]:
     """Lists of photos as they appear or change, until ``stop`` is set; at first those that are there.
 
     The folders are looked through every ``interval`` seconds (which, unlike the kernel's notices, also works on
@@ -123,7 +175,7 @@ def watch(sources: Sequence[str], interval: float, stop: threading.Event) -> Ite
     last: dict[Path, Signature | None] = {}
     given: dict[Path, Signature | None] = {}
     while not stop.is_set():
-        now = {path: signature(path) for path in find_photos(sources)}
+        now = {path: signature(path) for path in find_photos(sources, exclude=exclude)}
         ready = [path for path, found in now.items() if last.get(path, ()) == found != given.get(path, ())]
         last, given = now, {path: found for path, found in given.items() if path in now}
         given.update((path, now[path]) for path in ready)
@@ -160,8 +212,10 @@ def _decode(path: Path, size: int) -> Pixels | PhotoError:
         return error.bare()
 
 
-def _photos_below(folder: Path, seen: set[tuple[int, int]], skipped: Counter[str] | None) -> Iterator[Path]:
-    for path, kind in _walk(folder, seen):
+def _photos_below(
+    folder: Path, seen: set[tuple[int, int]], skipped: Counter[str] | None, exclude: Collection[str]
+) -> Iterator[Path]:
+    for path, kind in _walk(folder, seen, exclude, skipped):
         suffix = path.suffix.lower()
         if kind == "unreadable" or (kind == "file" and suffix in SUFFIXES | UNREAD_SUFFIXES):
             yield path
@@ -169,7 +223,7 @@ def _photos_below(folder: Path, seen: set[tuple[int, int]], skipped: Counter[str
             skipped[suffix] += 1
 
 
-def _expand(pattern: str) -> list[Path]:
+def _expand(pattern: str, exclude: Collection[str]) -> list[Path]:
     """What a glob pattern names, in name order; ``**`` is walked here, as glob's own runs round in loops of links."""
     parts = Path(pattern).parts
     if "**" not in parts:
@@ -177,20 +231,22 @@ def _expand(pattern: str) -> list[Path]:
     first = parts.index("**")
     below = parts[first + 1 :]
     found: set[Path] = set()
-    for base in filter(_is_folder, _expand(str(Path(*parts[:first])))):
+    for base in filter(_is_folder, _expand(str(Path(*parts[:first])), exclude)):
         if not below:
             found.add(base)
             continue
-        for path, kind in _walk(base, set()):
+        for path, kind in _walk(base, set(), exclude):
             if kind == "folder":
-                found.update(_expand(str(Path(glob.escape(str(path)), *below))))
+                found.update(_expand(str(Path(glob.escape(str(path)), *below)), exclude))
             elif kind == "unreadable":
                 found.add(path)
     return sorted(found)
 
 
-def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[tuple[Path, str]]:
-    """A folder and all below that is not hidden, in name order, each a folder, a file or unreadable."""
+def _walk(
+    folder: Path, seen: set[tuple[int, int]], exclude: Collection[str], skipped: Counter[str] | None = None
+) -> Iterator[tuple[Path, str]]:
+    """A folder and all below that is not left out, in name order, each a folder, a file or unreadable."""
     waiting: list[tuple[Path, os.DirEntry[str] | None]] = [(folder, None)]
     while waiting:
         path, entry = waiting.pop()
@@ -206,7 +262,18 @@ def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[tuple[Path, str]
         if (status.st_dev, status.st_ino) not in seen:
             seen.add((status.st_dev, status.st_ino))
             yield path, "folder"
-            waiting += [(path / entry.name, entry) for entry in entries if not entry.name.startswith(".")]
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if _is_left_out(entry.name, exclude):
+                    if skipped is not None:
+                        skipped[entry.name] += 1
+                    continue
+                waiting.append((path / entry.name, entry))
+
+
+def _is_left_out(name: str, exclude: Collection[str]) -> bool:
+    return is_service_folder(name) or any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)
 
 
 def _is_folder(path: Path) -> bool:

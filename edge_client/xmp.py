@@ -1,321 +1,187 @@
-"""Keywords in XMP sidecars as digiKam, Lightroom, darktable and Immich read them.
+"""Keywords in XMP packets as digiKam, Lightroom, darktable and Immich read them.
 
-A photo's labels go into ``dc:subject``, ``digiKam:TagsList`` and ``lr:HierarchicalSubject``. For each of these a
+A photo's labels go into ``dc:subject``, ``digiKam:TagsList`` and ``lr:hierarchicalSubject``. For each of these a
 property of the same name in this program's own namespace notes which values came from here. So a later run takes back
 its own tags and never anyone else's, and a tag that a person has taken out stays out. The latter two properties hold
 paths in a hierarchy of tags: a label that somebody has filed under others (``Animals/dog``) is known by its last part.
 
-Sources: XMP Specification Part 1 (ISO 16684-1) for packet, RDF and containers; names and container kinds of the three
-properties as in ExifTool's tag tables for XMP-dc, XMP-digiKam and XMP-lr.
+Photo programs show the first of these properties that is there, and a sidecar's before the photo's own. So a property
+that holds nothing of a person's (new, or made by an earlier run) gets *copies* of all keywords that the person has
+anywhere else, or our labels would hide them. Copies are noted likewise (``…Copies``): they follow what the person
+changes at their place, go with our last label, and stay as they are once a person's program writes to the property.
 
-The standard library's DOM keeps what a merge must not touch: prefixes, unused namespaces, comments, processing
-instructions, the order of attributes. Sidecars are read through defusedxml, which refuses every document type
-declaration and with it all entities.
+Sources: names and container kinds of the properties as in ExifTool's tag tables for XMP-dc, XMP-digiKam, XMP-lr,
+XMP-microsoft and XMP-mediapro.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, TypeGuard
-from xml.dom import XMLNS_NAMESPACE
-from xml.dom.minidom import Document, Element, Node, Text
-from xml.parsers.expat import ExpatError
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+from xml.dom.minidom import Element
 
-from defusedxml import DefusedXmlException, minidom
+from fedmpt.edge_client import xmp_packet
+from fedmpt.edge_client.xmp_packet import NOT_XML, RDF, XmpError, find_list, loose_values, values
 
-from fedmpt.edge_client.tagging import SUFFIXES
-from fedmpt.protocol.errors import FedmptError
-from fedmpt.protocol.files import write_atomically
-
-RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
 OWN = "urn:fedmpt:xmp:1/"
-# prefix, namespace, property, container, what separates the levels of a path of tags ("": no paths)
+COPIES = "Copies"  # ends the names of the properties that note copies
+
+
+class Property(NamedTuple):
+    """A property that holds keywords; ``separator`` is between the levels of a path of tags (none: no paths)."""
+
+    prefix: str
+    namespace: str
+    name: str
+    kind: str
+    separator: str
+
+
 KEYWORDS = (
-    ("dc", "http://purl.org/dc/elements/1.1/", "subject", "Bag", ""),
-    ("digiKam", "http://www.digikam.org/ns/1.0/", "TagsList", "Seq", "/"),
-    ("lr", "http://ns.adobe.com/lightroom/1.0/", "hierarchicalSubject", "Bag", "|"),
+    Property("dc", "http://purl.org/dc/elements/1.1/", "subject", "Bag", ""),
+    Property("digiKam", "http://www.digikam.org/ns/1.0/", "TagsList", "Seq", "/"),
+    Property("lr", "http://ns.adobe.com/lightroom/1.0/", "hierarchicalSubject", "Bag", "|"),
+)
+ONLY_READ = (
+    Property("MicrosoftPhoto", "http://ns.microsoft.com/photo/1.0/", "LastKeywordXMP", "Bag", "/"),
+    Property("MicrosoftPhoto", "http://ns.microsoft.com/photo/1.0", "LastKeywordXMP", "Bag", "/"),
+    Property("mediapro", "http://ns.iview-multimedia.com/mediapro/1.0/", "CatalogSets", "Bag", "|"),
 )
 SEPARATORS = re.compile("[/|]")
-MAXIMUM_BYTES = 8 << 20  # the tree takes up to a hundred times as much
-NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-# Written as they are, a reader would make spaces of them in attributes and a line feed of every carriage return.
-# Meanwhile they stand as characters that no XML document can hold.
-REFERENCES = {"\t": ("\x01", "&#9;"), "\n": ("\x02", "&#10;"), "\r": ("\x03", "&#13;")}
 EMPTY = (
     b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="%b"><rdf:Description rdf:about=""/></rdf:RDF>'
     b"</x:xmpmeta>" % RDF.encode()
 )
 
-
-class XmpError(FedmptError):
-    """An existing sidecar cannot be merged into; it is left as it was."""
+Keyword = tuple[str, ...]  # the levels of a path of tags, the root first; one for a plain keyword
 
 
-def sidecar_path(photo: Path, naming: str = "photo.jpg.xmp") -> Path:
-    """The sidecar of a photo: ``photo.jpg.xmp`` (digiKam, darktable, Immich) or ``photo.xmp`` (Adobe).
-
-    Raises:
-        XmpError: ``photo.xmp`` would be another photo's sidecar too, and each would take the other's tags out.
-    """
-    if naming != "photo.xmp":
-        return photo.with_name(photo.name + ".xmp")
-    spellings = [spelling for suffix in sorted(SUFFIXES) for spelling in (suffix, suffix.upper())]
-    for other in map(photo.with_suffix, spellings):
-        if _is_another(other, photo):
-            raise XmpError(
-                f"{photo}: {other.name} has the same sidecar, {photo.stem}.xmp; rename one, or use --sidecar "
-                "photo.jpg.xmp"
-            )
-    return photo.with_suffix(".xmp")
-
-
-def _is_another(other: Path, photo: Path) -> bool:
-    try:
-        return other != photo and other.exists() and not other.samefile(photo)
-    except OSError:  # such a name would be too long, or the photo has gone
-        return False
-
-
-def write_tags(sidecar: Path, labels: Sequence[str]) -> bool:
-    """Make ``labels`` this program's keywords in a sidecar, new or existing; others' content stays.
-
-    In a label ``/`` and ``|`` become ``-``: digiKam and Lightroom would read levels of a hierarchy. Of a symbolic
-    link the target is written.
-
-    Returns:
-        Whether the file was written: not if it says so already.
-
-    Raises:
-        XmpError: the existing file is no XMP, too large, or holds keywords in a form that cannot be merged; or the
-            file cannot be read or written.
-    """
-    try:
-        before = _read(sidecar)
-        after = merge_tags(before or EMPTY, labels, str(sidecar))
-        if after in (before, EMPTY):
-            return False
-        write_atomically(sidecar.resolve(strict=sidecar.is_symlink()), after)
-    except OSError as error:
-        raise XmpError(f"{sidecar}: {error.strerror or error}") from error
-    return True
-
-
-def merge_tags(packet: bytes, labels: Sequence[str], where: str) -> bytes:
+def merge_tags(packet: bytes, labels: Sequence[str], where: str, keywords: Iterable[Keyword] = ()) -> bytes:
     """The XMP packet with ``labels`` as this program's keywords; the same bytes if nothing is to change.
 
+    ``keywords`` are those that the person has elsewhere: in the photo, or in another sidecar. In a label ``/`` and
+    ``|`` become ``-``: digiKam and Lightroom would read levels of a hierarchy.
+
     Raises:
-        XmpError: as :func:`write_tags`; ``where`` starts its text.
+        XmpError: no XMP, or keywords in a form that cannot be merged; ``where`` starts its text.
     """
-    document = _parse(packet, where)
-    rdf = next(_elements(document, RDF, "RDF"), None)
-    if rdf is None and document.documentElement:
-        rdf = next(_elements(document.documentElement, RDF, "RDF"), None)
-    if rdf is None:
-        raise XmpError(f"{where}: has no rdf:RDF, so it is no XMP sidecar; move it away and run again")
+    document, rdf = xmp_packet.parse(packet, where)
     wanted = list(dict.fromkeys(SEPARATORS.sub("-", label) for label in labels))
     for label in wanted:
         if NOT_XML.search(label):
             raise XmpError(f"{where}: the label {label!r} cannot be written as XML; rename it")
-    filed = _filed(rdf, where)
-    changes = [_merge(rdf, *keyword, wanted, filed, where) for keyword in KEYWORDS]
+    persons = list(dict.fromkeys([*_keywords(rdf, where), *filter(None, map(_written, keywords))]))
+    filed = _filed(rdf, persons, where)
+    changes = [_merge(rdf, each, wanted, persons, filed, where) for each in KEYWORDS]
     if not any(changes):
         return packet
-    declared = packet.removeprefix(b"\xef\xbb\xbf").startswith(b"<?xml ")
-    return _serialise(document, declared, where)
+    return xmp_packet.serialise(document, packet, where)
+
+
+def read_keywords(packet: bytes, where: str) -> list[Keyword]:
+    """The keywords of a packet that are a person's: neither ours nor copied by us.
+
+    Raises:
+        XmpError: no XMP; ``where`` starts its text.
+    """
+    return _keywords(xmp_packet.parse(packet, where)[1], where)
+
+
+def _keywords(rdf: Element, where: str) -> list[Keyword]:
+    found: list[Keyword] = []
+    for each in KEYWORDS + ONLY_READ:
+        noted = _noted(rdf, each.name, where)
+        theirs = [value for value in loose_values(rdf, each.namespace, each.name) if value not in noted]
+        found += [_written(value.split(each.separator) if each.separator else [value]) for value in theirs]
+    # What wrote a path wrote its levels as plain keywords, too.
+    levels = {level for keyword in found if len(keyword) > 1 for level in keyword}
+    return list(dict.fromkeys(each for each in found if len(each) > 1 or (each and each[0] not in levels)))
+
+
+def _written(keyword: Iterable[str]) -> Keyword:
+    """A keyword as XML can hold it, without empty levels."""
+    return tuple(level for level in (NOT_XML.sub("", level).strip() for level in keyword) if level)
+
+
+def _noted(rdf: Element, name: str, where: str) -> set[str]:
+    """The values of a property that came from here: labels and copies."""
+    return {value for note in (name, name + COPIES) for value in values(find_list(rdf, OWN, note, where))}
 
 
 def _merge(
     rdf: Element,
-    prefix: str,
-    namespace: str,
-    name: str,
-    kind: str,
-    separator: str,
+    each: Property,
     labels: list[str],
-    filed: dict[str, list[str]],
+    persons: list[Keyword],
+    filed: Mapping[str, Sequence[str]],
     where: str,
 ) -> bool:
-    keywords, own = _find(rdf, namespace, name, where), _find(rdf, OWN, name, where)
-    present, ours = _values(keywords), _values(own)
-    wanted = labels
-    if separator:
-        wanted = [_place(label, separator, (present, ours), filed) for label in labels]
+    list_ = find_list(rdf, each.namespace, each.name, where)
+    own = find_list(rdf, OWN, each.name, where)
+    noted = find_list(rdf, OWN, each.name + COPIES, where)
+    present, ours, copies = values(list_), values(own), values(noted)
+    mirrors = all(
+        value in ours or value in copies for value in present
+    )  # nothing of a person's stands here alone
+    copied = _copies(persons, each.separator) if mirrors else copies
+    wanted = [_place(label, each.separator, (copied, present, ours), filed) for label in labels]
+    kept = [value for value in present if value not in copies or value in copied]
+    new = [label for label in wanted if label not in kept and label not in ours and label not in copied]
+    if mirrors and not new and not any(label in kept or label in copied for label in wanted):
+        copied = []  # nothing of ours would hide anything
     gone = [label for label in ours if label not in wanted]
-    new = [label for label in wanted if label not in present and label not in ours]
-    if not gone and not new:
-        return False
-    if new:
-        keywords = keywords or _make(rdf, namespace, name, prefix, kind)
-        own = own or _make(rdf, OWN, name, "fedmpt", kind)
-    for container, removed in ((keywords, gone), (own, gone)):
-        if container is None:
-            continue
-        for item in [item for item in _elements(container) if _text(item) in removed]:
-            _remove(item)
-        for label in new:
-            _add(container, RDF, "li", "rdf").appendChild(_document(container).createTextNode(label))
-        if not any(_elements(container)):
-            _remove(container.parentNode)
-    return True
+    outdated = [value for value in copies if value not in copied]
+    missing = [value for value in copied if value not in copies and (value not in present or value in gone)]
+    changes = ((own, each.name, gone, new), (noted, each.name + COPIES, outdated, missing))
+    for note, name, less, more in changes:
+        _change(
+            note or (xmp_packet.make_list(rdf, OWN, name, "fedmpt", each.kind) if more else None), less, more
+        )
+    if missing or new:
+        list_ = list_ or xmp_packet.make_list(rdf, each.namespace, each.name, each.prefix, each.kind)
+    _change(list_, [*gone, *outdated], [*missing, *new])
+    return bool(gone or new or outdated or missing)
 
 
-def _filed(rdf: Element, where: str) -> dict[str, list[str]]:
+def _change(list_: Element | None, less: list[str], more: list[str]) -> None:
+    """Take values out of a list and append others; an empty list goes with its property."""
+    if list_ is None:
+        return
+    for item in [item for item in xmp_packet.elements(list_) if xmp_packet.text(item) in less]:
+        xmp_packet.remove(item)
+    for value in more:
+        xmp_packet.add_item(list_, value)
+    if less and not any(xmp_packet.elements(list_)):
+        xmp_packet.remove(list_.parentNode)
+
+
+def _copies(persons: Sequence[Keyword], separator: str) -> list[str]:
+    """A person's keywords as a property holds them: paths, or the last part of each."""
+    if not separator:
+        return list(dict.fromkeys(keyword[-1] for keyword in persons))
+    filed = {keyword[-1] for keyword in persons if len(keyword) > 1}
+    return [separator.join(each) for each in persons if len(each) > 1 or each[0] not in filed]
+
+
+def _filed(rdf: Element, persons: Iterable[Keyword], where: str) -> dict[str, Sequence[str]]:
     """The longest path of tags that ends in each tag, in whichever property it stands."""
-    filed: dict[str, list[str]] = {}
-    for _, namespace, name, _, separator in KEYWORDS:
-        for value in _values(_find(rdf, namespace, name, where)) if separator else ():
-            path = value.split(separator)
-            if len(path) > len(filed.get(path[-1], ())):
-                filed[path[-1]] = path
+    paths: list[Sequence[str]] = []
+    for each in KEYWORDS:
+        found = values(find_list(rdf, each.namespace, each.name, where)) if each.separator else []
+        paths += [value.split(each.separator) for value in found]
+    filed: dict[str, Sequence[str]] = {}
+    for path in [*paths, *persons]:
+        if len(path) > len(filed.get(path[-1], ())):
+            filed[path[-1]] = path
     return filed
 
 
-def _place(label: str, separator: str, known: Iterable[list[str]], filed: dict[str, list[str]]) -> str:
+def _place(label: str, separator: str, known: Iterable[list[str]], filed: Mapping[str, Sequence[str]]) -> str:
     """The value that stands for a label in one property: as it is there already, or as another property has it."""
-    for values in known:
-        if found := [value for value in values if value.split(separator)[-1] == label]:
-            return max(found, key=len)
+    if not separator:
+        return label
+    for found in known:
+        if placed := [value for value in found if value.split(separator)[-1] == label]:
+            return max(placed, key=len)
     return separator.join(filed.get(label, [label]))
-
-
-def _find(rdf: Element, namespace: str, name: str, where: str) -> Element | None:
-    """The list (rdf:Bag, rdf:Seq or rdf:Alt) of a property, None where the property is absent."""
-    descriptions = list(_elements(rdf, RDF, "Description"))
-    found = [element for description in descriptions for element in _elements(description, namespace, name)]
-    if len(found) > 1 or any(description.hasAttributeNS(namespace, name) for description in descriptions):
-        raise XmpError(
-            f"{where}: {{{namespace}}}{name} is written twice or as an attribute; repair the sidecar"
-        )
-    if not found:
-        return None
-    containers = list(_elements(found[0]))
-    if len(containers) != 1 or containers[0].namespaceURI != RDF:
-        raise XmpError(f"{where}: {{{namespace}}}{name} is not a list of values; repair the sidecar")
-    return containers[0]
-
-
-def _make(rdf: Element, namespace: str, name: str, prefix: str, kind: str) -> Element:
-    description = next(_elements(rdf, RDF, "Description"), None)
-    if description is None:
-        description = _add(rdf, RDF, "Description", "rdf")
-        description.setAttributeNS(RDF, f"{description.prefix}:about", "")
-    return _add(_add(description, namespace, name, prefix), RDF, kind, "rdf")
-
-
-def _elements(parent: Node, namespace: str | None = None, name: str | None = None) -> Iterator[Element]:
-    """The child elements, all or those of one name."""
-    for child in parent.childNodes:
-        if isinstance(child, Element) and (
-            name is None or (child.namespaceURI, child.localName) == (namespace, name)
-        ):
-            yield child
-
-
-def _text(element: Element) -> str:
-    return "".join(child.data for child in element.childNodes if isinstance(child, Text))
-
-
-def _values(container: Element | None) -> list[str]:
-    return [] if container is None else [_text(item) for item in _elements(container, RDF, "li")]
-
-
-def _document(element: Element) -> Document:
-    document = element.ownerDocument
-    assert document is not None
-    return document
-
-
-def _add(parent: Any, namespace: str, name: str, prefix: str) -> Element:
-    """A new last child, indented as the first one is; ``prefix`` is declared where the namespace has none here."""
-    known = _prefix(parent, namespace)
-    element = _document(parent).createElementNS(namespace, f"{known or prefix}:{name}")
-    if known is None:
-        element.setAttributeNS(XMLNS_NAMESPACE, f"xmlns:{prefix}", namespace)
-    siblings = list(_elements(parent))
-    if not siblings:
-        parent.appendChild(element)
-        return element
-    parent.insertBefore(element, siblings[-1].nextSibling)
-    if _is_blank(indentation := siblings[0].previousSibling):
-        parent.insertBefore(indentation.cloneNode(False), element)
-    return element
-
-
-def _prefix(element: Node, namespace: str) -> str | None:
-    """A prefix that means the namespace at an element, None if there is none."""
-    hidden: set[str] = set()
-    node: Node | None = element
-    while isinstance(node, Element):
-        for attribute, value in node.attributes.items():
-            if attribute.startswith("xmlns:"):
-                prefix = attribute.removeprefix("xmlns:")
-                if value == namespace and prefix not in hidden:
-                    return prefix
-                hidden.add(prefix)
-        node = node.parentNode
-    return None
-
-
-def _remove(element: Any) -> None:
-    """Take out an element with its indentation."""
-    parent = element.parentNode
-    if _is_blank(indentation := element.previousSibling):
-        parent.removeChild(indentation)
-    parent.removeChild(element)
-
-
-def _is_blank(node: Node | None) -> TypeGuard[Text]:
-    return isinstance(node, Text) and not node.data.strip()
-
-
-def _read(sidecar: Path) -> bytes | None:
-    try:
-        with sidecar.open("rb") as file:
-            packet = file.read(MAXIMUM_BYTES + 1)
-    except FileNotFoundError:
-        return None
-    if len(packet) > MAXIMUM_BYTES:
-        raise XmpError(f"{sidecar}: larger than {MAXIMUM_BYTES} bytes; this is no XMP sidecar")
-    return packet
-
-
-def _parse(packet: bytes, where: str) -> Document:
-    try:
-        document: Document = minidom.parseString(packet, forbid_dtd=True)
-    except DefusedXmlException as error:
-        raise XmpError(
-            f"{where}: has a document type declaration, which no XMP sidecar needs; refused"
-        ) from error
-    except (ExpatError, ValueError, LookupError) as error:  # the latter two: an encoding that is unknown
-        raise XmpError(f"{where}: not well-formed XML ({error}); move it away and run again") from error
-    return document
-
-
-def _serialise(document: Document, declared: bool, where: str) -> bytes:
-    try:
-        _protect(document)
-        parts = [node.toxml() for node in document.childNodes]
-    except RecursionError as error:
-        raise XmpError(
-            f"{where}: nested too deeply for an XMP sidecar; move it away and run again"
-        ) from error
-    text = "\n".join(['<?xml version="1.0" encoding="UTF-8"?>'] * declared + parts)
-    for placeholder, reference in REFERENCES.values():
-        text = text.replace(placeholder, reference)
-    return text.encode()
-
-
-def _protect(document: Document) -> None:
-    """Put placeholders where a character has to be written as a reference to survive."""
-    table = str.maketrans({character: placeholder for character, (placeholder, _) in REFERENCES.items()})
-    waiting: list[Node] = [document]
-    while waiting:
-        node = waiting.pop()
-        waiting.extend(node.childNodes)
-        if isinstance(node, Element):
-            for attribute in node.attributes.values():
-                attribute.value = attribute.value.translate(table)
-        elif type(node) is Text:  # no CDATA section
-            node.data = node.data.replace("\r", REFERENCES["\r"][0])

@@ -110,6 +110,38 @@ def test_xmp_sidecars_stand_beside_photos_that_stay_as_they_are(tag, photos: Pat
     assert "<rdf:li>green</rdf:li><rdf:li>blue</rdf:li>" in (photos / "sea.png.xmp").read_text()
 
 
+def test_nothing_is_written_into_a_service_folder_even_if_it_is_named(  # type: ignore[no-untyped-def]
+    tag, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    library = photos.rename(photos.with_name("My.photoslibrary"))
+    before = sorted(library.iterdir())
+    assert tag(library, library / "red.png", "--format", "xmp") == 0
+    assert sorted(library.iterdir()) == before
+    assert "0 photos tagged, 0 failed; passed over: 2 My.photoslibrary" in capsys.readouterr().err
+    assert tag(library / "red.png") == 0
+    assert found(capsys.readouterr().out)[1] == ["red"]
+
+
+def test_exclude_leaves_out_what_it_names(tag, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
+    assert tag(photos, "--exclude", "r*.png", "--exclude", "night.png") == 0
+    output = capsys.readouterr()
+    assert [found(line) for line in output.out.splitlines()] == [("sea.png", ["green", "blue"])]
+    assert "passed over: 1 red.png, 1 night.png" in output.err
+
+
+def test_a_persons_keywords_stay_in_view(tag, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    Image.new("RGB", (40, 30), (255, 0, 0)).save(tmp_path / "red.png")
+    xmp = (
+        '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+        '<rdf:Description rdf:about="" xmlns:dc="http://purl.org/dc/elements/1.1/"><dc:subject><rdf:Bag>'
+        "<rdf:li>Wedding</rdf:li></rdf:Bag></dc:subject></rdf:Description></rdf:RDF></x:xmpmeta>"
+    )
+    (tmp_path / "red.xmp").write_text(xmp)
+    assert tag(tmp_path, "--format", "xmp") == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"red.png", "red.xmp"}
+    assert (tmp_path / "red.xmp").read_text().count("<rdf:li>Wedding</rdf:li><rdf:li>red</rdf:li>") == 3
+
+
 def test_lightrooms_sidecar_name_is_an_option(tag, photos: Path) -> None:  # type: ignore[no-untyped-def]
     assert tag(photos / "red.png", "--format", "xmp", "--sidecar", "photo.xmp") == 0
     assert (photos / "red.xmp").exists()
@@ -145,7 +177,7 @@ def test_the_documented_line_copies_sidecars_into_copies_of_the_photos(  # type:
     read = ["exiftool", "-json", "-XMP-dc:Subject", "-XMP-lr:HierarchicalSubject", "tagged/sea.jpg"]
     (copied,) = json.loads(subprocess.run(read, cwd=tmp_path, capture_output=True, check=True).stdout)
     assert copied["Subject"] == ["holiday", "green", "blue"]
-    assert copied["HierarchicalSubject"] == ["green", "blue"]
+    assert copied["HierarchicalSubject"] == ["holiday", "green", "blue"]
     assert photo.read_bytes() == before
     with pytest.raises(SystemExit):
         main(["tag", "--help"])

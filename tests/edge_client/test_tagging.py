@@ -61,6 +61,47 @@ def test_glob_patterns_that_the_shell_left_are_expanded(tmp_path: Path) -> None:
     assert list(find_photos([str(tmp_path / "**" / "*.jpg")])) == [inside, outside]
 
 
+SERVICE = ("2024/@eaDir/a.jpg/thumb.jpg", "#recycle/a.jpg", "@Recycle/a.jpg", "$RECYCLE.BIN/S-1/a.jpg")
+SERVICE += (
+    "System Volume Information/a.jpg",
+    "My.photoslibrary/originals/a.jpg",
+    "Catalog Previews.lrdata/a.jpg",
+)
+
+
+@pytest.mark.parametrize("pattern", ["", "**/*.jpg", "*", "*/*.jpg", "*/*/*.jpg", "*/*/*/*.jpg"])
+def test_service_folders_and_insides_of_libraries_are_left_out(tmp_path: Path, pattern: str) -> None:
+    for name in SERVICE:
+        photo(tmp_path / name)
+    kept = {
+        photo(tmp_path / name) for name in ("2024/a.jpg", "2024/05/a.jpg", "2024/05/01/a.jpg", "eaDir/a.jpg")
+    }
+    found = set(find_photos([str(tmp_path / pattern)]))
+    assert found
+    assert found <= kept
+    assert found == kept or pattern.endswith("*/*.jpg")
+
+
+def test_what_is_left_out_is_counted_by_name(tmp_path: Path) -> None:
+    for name in SERVICE:
+        photo(tmp_path / name)
+    skipped: Counter[str] = Counter()
+    assert list(find_photos([str(tmp_path)], skipped)) == []
+    assert skipped == dict.fromkeys(
+        (Path(name).parts[1 if name.startswith("2024") else 0] for name in SERVICE), 1
+    )
+
+
+def test_files_and_folders_can_be_excluded_by_name(tmp_path: Path) -> None:
+    kept = photo(tmp_path / "a" / "b.jpg")
+    for name in ("a/c-small.jpg", "private/d.jpg", "a/private/e.jpg"):
+        photo(tmp_path / name)
+    skipped: Counter[str] = Counter()
+    assert list(find_photos([str(tmp_path)], skipped, exclude=["private", "*-small.*"])) == [kept]
+    assert list(find_photos([f"{tmp_path}/**/*.jpg"], exclude=["private", "*-small.*"])) == [kept]
+    assert skipped == {"private": 2, "c-small.jpg": 1}
+
+
 def test_a_file_whose_name_looks_like_a_pattern_is_itself(tmp_path: Path) -> None:
     odd = photo(tmp_path / "a[1].jpg")
     photo(tmp_path / "a1.jpg")
