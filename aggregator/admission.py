@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from fedmpt.aggregator.norms import UNLIMITED, NormLimit
 from fedmpt.aggregator.privacy import l2_norm
 from fedmpt.protocol.codec import CodecError, decode_update
 from fedmpt.protocol.manifest import TensorSpec
@@ -43,6 +44,7 @@ class AdmissionContext:
     trainable: Mapping[str, TensorSpec]
     limits: Limits
     metrics: bool
+    norm: NormLimit = UNLIMITED  # by earlier rounds; ``limits`` has the operator's own
 
     @cached_property
     def screen(self) -> Screen:
@@ -58,6 +60,13 @@ class AdmissionContext:
 
 
 @dataclass(frozen=True)
+class Admitted:
+    """An update counts; ``norm`` is the L2 norm of its difference."""
+
+    norm: float
+
+
+@dataclass(frozen=True)
 class Refused:
     """Why an update does not count: the name of the check, and a text with its limit."""
 
@@ -65,12 +74,13 @@ class Refused:
     reason: str
 
 
-def admit(payload: bytes, client: str, context: AdmissionContext) -> Refused | None:
-    """Check an update that arrived on ``client``'s topic of the open round; None means that it counts."""
+def admit(payload: bytes, client: str, context: AdmissionContext) -> Admitted | Refused:
+    """Check an update that arrived on ``client``'s topic of the open round."""
     if client not in context.chosen:
         return Refused("chosen", f"{client} is not among the {len(context.chosen)} clients of this round")
-    if context.screen.passes(payload, client):
-        return None
+    norm = context.screen.norm(payload, client)
+    if norm is not None and norm <= context.norm.value:
+        return Admitted(norm)
     try:
         update, _ = decode_update(payload, context.trainable, context.limits.update_bytes)
     except CodecError as error:
@@ -93,8 +103,12 @@ def admit(payload: bytes, client: str, context: AdmissionContext) -> Refused | N
     if update.metrics and not context.metrics:
         return Refused("metrics", "this federation does not collect metrics; send none")
     norm = l2_norm(update.difference)
-    if norm > context.limits.norm:
-        return Refused(
-            "norm", f"its L2 norm is {norm:.6g}, but at most {context.limits.norm:.6g} is accepted"
-        )
-    return None
+    limit = min(NormLimit(context.limits.norm, ""), context.norm, key=lambda limit: limit.value)
+    if norm > limit.value:
+        return Refused("norm", over(norm, limit))
+    return Admitted(norm)
+
+
+def over(norm: float, limit: NormLimit) -> str:
+    """Why an update is too long."""
+    return f"its L2 norm is {norm:.6g}, but at most {limit.value:.6g} is accepted{limit.reason}"

@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import heapq
 import logging
 from collections import Counter
-from collections.abc import Iterator, Set
+from collections.abc import Collection, Iterator, Set
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from fedmpt.aggregator.admission import AdmissionContext, Refused, admit
+from fedmpt.aggregator.admission import AdmissionContext, Admitted, Refused, admit, over
+from fedmpt.aggregator.norms import NormLimit, limit_by_history, limit_by_round, longest_honest, lower_median
 from fedmpt.aggregator.privacy import epsilon, privatise
 from fedmpt.aggregator.rounds import (
     first_round,
@@ -62,12 +65,19 @@ class Outgoing:
 
 
 class Examined(NamedTuple):
-    """What can be said of an update by itself: its digest, and why it may not count in a round."""
+    """What can be said of an update by itself: its digest, and whether it may count in a round."""
 
     client: str
     context: AdmissionContext
     sha256: bytes
-    refusal: Refused | None
+    verdict: Admitted | Refused
+
+
+class _Taken(NamedTuple):
+    """An update that counts so far: its digest and L2 norm."""
+
+    sha256: str
+    norm: float
 
 
 class Federation:
@@ -84,12 +94,15 @@ class Federation:
     ) -> None:
         self.settings = settings
         self.topics = Topics(settings.name)
-        self.manifest = manifest_message(bundle, settings)
         self._store = store
         self._present: set[str] = set()
+        self._left: set[str] = set()  # stopped, and not expected back
+        self._refused: dict[str, str] = {}  # of the chosen: whose update was refused, and by which check
         self._refusals: dict[str, int] = {}
         self._repeats: dict[str, int] = {}
         self._latest_metrics: dict[str, float] = {}
+        self.run = store.run()
+        self.manifest = manifest_message(bundle, settings, self.run)
         store.bind(
             {
                 "federation": settings.name,
@@ -106,10 +119,12 @@ class Federation:
         self.round, self._payload, self._memory = loaded
         self.state = decode_state(self._payload, bundle.state, "the store's state")
         self.digest = state_digest(self.state)
-        self._received = store.clients()
+        past = store.history()
+        self._lengths: dict[str, float] = functools.reduce(longest_honest, past, {})
         self._admission = self._context()
-        if history := store.history():
-            self._latest_metrics = history[-1].get("metrics", {})
+        self._received = {client: self._taken(client, payload) for client, payload in store.updates()}
+        if past:
+            self._latest_metrics = past[-1].get("metrics", {})
 
     @property
     def finished(self) -> bool:
@@ -128,6 +143,7 @@ class Federation:
         topic, number = self.topics.presence(client), self.round.number
         if not payload:
             self._present.discard(client)
+            self._left.discard(client)
             return None
         try:
             message = from_json(Presence, payload, topic)
@@ -137,8 +153,11 @@ class Federation:
             return self._refuse(
                 client, number, _sha256(payload), "identity", f"{topic}: it speaks for {message.client}"
             )
+        self._left.discard(client)
         if not message.online:
             self._present.discard(client)
+            if message.left and len(self._left) < MAXIMUM_CLIENTS:
+                self._left.add(client)
         elif message.bundle != self.manifest.bundle:
             return self._refuse(
                 client,
@@ -154,8 +173,9 @@ class Federation:
         return None
 
     def reconnected(self) -> None:
-        """Forget who is online and who repeated: over a new connection the broker says it all again."""
+        """Forget who is online, left and repeated: over a new connection the broker says it all again."""
         self._present.clear()
+        self._left.clear()
         self._repeats.clear()
 
     def examine(self, topic: str, payload: bytes) -> Examined | None:
@@ -190,13 +210,16 @@ class Federation:
         if client in self._received:
             return self._repeat(client, number, update, "duplicate", "", "this round has the client's update")
         if examined and examined.context is self._admission:
-            refusal = examined.refusal
+            verdict = examined.verdict
         else:
-            refusal = admit(payload, client, self._admission)
-        if refusal is not None:
-            return self._refuse(client, number, update, refusal.check, refusal.reason)
+            verdict = admit(payload, client, self._admission)
+        if isinstance(verdict, Refused):
+            if client in self._admission.chosen:
+                self._refused[client] = verdict.check
+            return self._refuse(client, number, update, verdict.check, verdict.reason)
         self._store.add_update(client, payload, sha256)
-        self._received.add(client)
+        self._received[client] = _Taken(update, verdict.norm)
+        self._refused.pop(client, None)
         if logger.isEnabledFor(logging.DEBUG):
             about = {"client": client, "round": number, "bytes": len(payload)}
             logger.debug("update accepted", extra=about)
@@ -208,19 +231,21 @@ class Federation:
 
     def tick(self, now: float) -> list[Outgoing]:
         """Open, close or renew the round as it is due at ``now``; what is to be published for that."""
-        before = self.round
+        before, receipts = self.round, []
         if self.round.opened is not None:
-            received, silent = len(self._received), len(self._silent())
-            if should_close(self.round, self.settings.rounds, received, silent, now):
+            if self._should_close(now):
+                receipts = self._drop_long()
+            silent = self._silent()
+            if self._should_close(now):
                 self._close(now)
             elif is_overdue(self.round, now):
                 self._renew("no update came", now)
                 self._forgive()
-            elif is_exhausted(self.round, received, silent):
+            elif is_exhausted(self.round, len(self._received), len(silent), len(silent & self._left)):
                 # Nobody is forgiven, or the same clients would be chosen and muted over and over.
-                self._renew("all chosen clients are muted", now)
+                self._renew(f"nobody is left to wait for: {self._unawaited()}", now)
         if self.round.opened is None and not self.finished:
-            eligible = self._present - self._muted_clients()
+            eligible = self._present.difference(self._muted_clients(), self._refused)
             opened = open_round(self.round, self.settings.rounds, eligible, now)
             if opened is not self.round:
                 self.round = opened
@@ -230,9 +255,9 @@ class Federation:
                     extra={"round": opened.number, "phase": opened.phase, "chosen": len(opened.chosen)},
                 )
         if self.round == before:
-            return []
+            return receipts
         self._admission = self._context()
-        return self._round_messages()
+        return [*receipts, *self._round_messages()]
 
     def retained(self) -> list[Outgoing]:
         """Every retained topic, to be published whenever the connection is made."""
@@ -240,9 +265,21 @@ class Federation:
         return [manifest, *self._round_messages()]
 
     def echo(self, payload: bytes) -> list[Outgoing]:
-        """What to publish after reading our own round topic: the round again, if an older one overtook it."""
+        """What to publish after reading our own round topic: the round again, if an older one overtook it.
+
+        What the broker still keeps of an earlier run is deleted.
+        """
         current = self._round_message()
-        return [] if current.payload == payload else [current]
+        if current.payload == payload:
+            return []
+        try:
+            found = from_json(Round, payload, self.topics.round)
+        except MessageError:  # empty, or a stranger's
+            return [current]
+        leftovers: set[int] = set()
+        if found.run != self.run:
+            leftovers = {found.round, max(0, found.round - 1)} - {self.round.number}
+        return [current, *(Outgoing(self.topics.state(number), b"") for number in sorted(leftovers))]
 
     def status(self, now: float, online: bool = True) -> Status:
         """The aggregator's word on where it stands."""
@@ -268,23 +305,40 @@ class Federation:
         return sorted(self._present)
 
     def _waiting(self) -> str:
+        """What and whom it waits for, in words."""
         if self.finished:
             return ""
-        muted = sorted(self._muted_clients())
         if self.round.opened is None:
-            missing = self.settings.rounds.clients_min - len(self._present.difference(muted))
+            eligible = self._present.difference(self._muted_clients(), self._refused)
+            missing = self.settings.rounds.clients_min - len(eligible)
             if missing <= 0:
                 return ""
             text = f"waiting for {missing} more client{'s' if missing > 1 else ''} to begin"
-            if muted:
+            if muted := self._muted_clients():
                 text += (
                     f", without those muted until a round ends or the aggregator is restarted: {_some(muted)}"
                 )
+            if refused := self._refused.keys() - self._muted_clients():
+                text += f", without those whose update was refused: {_some(refused)}"
             return text
-        awaited = self._admission.chosen - self._received - set(muted)
-        if awaited and awaited.isdisjoint(self._present):
-            return f"waiting for absent clients: {_some(sorted(awaited))}"
-        return ""
+        awaited = self._admission.chosen.difference(self._received, self._silent())
+        here, absent = awaited & self._present, awaited - self._present
+        if here:
+            text = f"waiting for {_some(here)}" + (f"; absent: {_some(absent)}" if absent else "")
+        else:
+            text = f"waiting for absent clients: {_some(absent)}" if absent else ""
+        if unawaited := self._unawaited():
+            text += ("; " if text else "") + f"not waiting for {unawaited}"
+        return text
+
+    def _unawaited(self) -> str:
+        """The chosen clients that will not answer, each with the reason."""
+        muted = self._muted_clients()
+        reasons = {
+            client: "muted" if client in muted else self._refused.get(client, "left")
+            for client in self._silent()
+        }
+        return _some([f"{client} ({reason})" for client, reason in reasons.items()])
 
     def _round_message(self) -> Outgoing:
         message = Round(
@@ -296,6 +350,7 @@ class Federation:
             deadline=self.round.deadline,
             clients=self.round.chosen,
             edition=self.round.edition,
+            run=self.run,
         )
         return Outgoing(self.topics.round, to_json(message))
 
@@ -316,7 +371,42 @@ class Federation:
             trainable=self.trainable,
             limits=self.manifest.limits,
             metrics=self.settings.metrics,
+            norm=limit_by_history(self._norm_factor, self.round.phase, self._lengths),
         )
+
+    @property
+    def _norm_factor(self) -> float:
+        return 0.0 if self.settings.privacy else self.settings.norm_factor
+
+    def _taken(self, client: str, payload: bytes) -> _Taken:
+        """What the store has of a client in the open round."""
+        verdict = admit(payload, client, self._admission)
+        # An update that counts no more (the operator has set other limits) is looked at again when the round closes.
+        norm = verdict.norm if isinstance(verdict, Admitted) else 0.0
+        return _Taken(_sha256(payload), norm)
+
+    def _should_close(self, now: float) -> bool:
+        return should_close(self.round, self.settings.rounds, len(self._received), len(self._silent()), now)
+
+    def _drop_long(self) -> list[Outgoing]:
+        """Leave out the updates that are too long beside the others; their receipts.
+
+        All are judged together when the round is to close, so that the order of their arrival changes nothing.
+        """
+        limit = limit_by_round(self._norm_factor, [taken.norm for taken in self._received.values()])
+        long = {client: taken for client, taken in self._received.items() if taken.norm > limit.value}
+        receipts = [self._drop(client, taken, limit) for client, taken in sorted(long.items())]
+        return [
+            Outgoing(self.topics.receipt(receipt.client), to_json(receipt), retain=False)
+            for receipt in receipts
+            if receipt is not None
+        ]
+
+    def _drop(self, client: str, taken: _Taken, limit: NormLimit) -> Receipt | None:
+        self._store.drop_update(client)
+        del self._received[client]
+        self._refused[client] = "norm"
+        return self._refuse(client, self.round.number, taken.sha256, "norm", over(taken.norm, limit))
 
     def _renew(self, reason: str, now: float) -> None:
         logger.warning("round renewed", extra={"round": self.round.number, "reason": reason})
@@ -337,7 +427,7 @@ class Federation:
                 extra={"client": client, "round": self.round.number, "reason": quoted(str(error.__cause__))},
             )
             self._store.drop_update(client)
-            self._received.discard(client)
+            del self._received[client]
             self._refusals[client] = self.settings.refusals + 1
 
     def _aggregate(self, now: float) -> None:
@@ -386,9 +476,12 @@ class Federation:
         if not self.settings.privacy:
             history["samples"] = summary.samples
             history["validation_samples"] = summary.validation_samples
+            norms = sorted(taken.norm for taken in self._received.values())
+            history["norms"] = {"median": lower_median(norms), "largest": norms[-1]}
         else:
             history["epsilon"] = epsilon(self.settings.privacy, len(self._store.history()) + 1)
         self._store.close_round(self.round, self._payload, self._memory, history)
+        self._lengths = longest_honest(self._lengths, history)
         self._received.clear()
         self._forgive()
         logger.info(
@@ -408,10 +501,12 @@ class Federation:
         return {client for client in self._refusals.keys() | self._repeats.keys() if self._muted(client)}
 
     def _silent(self) -> Set[str]:
-        """The chosen clients that can no longer answer."""
-        return self._admission.chosen & self._muted_clients() - self._received
+        """The chosen clients that will not answer: muted, refused, or stopped."""
+        silent = self._left.union(self._muted_clients(), self._refused)
+        return {client for client in self._admission.chosen & silent if client not in self._received}
 
     def _forgive(self) -> None:
+        self._refused.clear()
         self._refusals.clear()
         self._repeats.clear()
 
@@ -452,8 +547,9 @@ class _UnusableUpdate(Exception):
         self.client = client
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+def _some(names: Collection[str]) -> str:
+    """The first five names in order, and how many more there are."""
+    return ", ".join(heapq.nsmallest(5, names)) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _sha256(payload: bytes) -> str:

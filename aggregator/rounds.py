@@ -1,8 +1,8 @@
 """The round state machine: plain functions on plain data, with time passed in (Unix seconds).
 
 A round opens when enough clients are present, and closes at its quorum, or at its deadline if any update came.
-A deadline without any update renews the round: the same base state, the clients chosen anew. A round without a
-deadline is renewed where all its chosen clients have been muted before any update came.
+A deadline without any update renews the round: the same base state, the clients chosen anew. A round is renewed, too,
+where all its chosen clients have left, or (without a deadline) been muted or refused before any update came.
 """
 
 from __future__ import annotations
@@ -114,17 +114,20 @@ def choose(settings: RoundSettings, number: int, present: Collection[str]) -> tu
     return tuple(sorted(lots[: min(count, MAXIMUM_CHOSEN)]))
 
 
-def should_close(state: RoundState, settings: RoundSettings, received: int, muted: int, now: float) -> bool:
-    """Whether the open round has what it waits for. ``muted`` clients, of those chosen, can no longer answer."""
+def should_close(state: RoundState, settings: RoundSettings, received: int, silent: int, now: float) -> bool:
+    """Whether the open round has what it waits for. Of the chosen, ``silent`` clients will not answer."""
     if received == 0:
         return False
-    quorum = math.ceil(settings.quorum * (len(state.chosen) - muted))
+    quorum = math.ceil(settings.quorum * (len(state.chosen) - silent))
     return received >= quorum or is_overdue(state, now)
 
 
-def is_exhausted(state: RoundState, received: int, muted: int) -> bool:
-    """Whether the open round would never end: all chosen clients are ``muted``, and no deadline forgives them."""
-    return state.deadline is None and received == 0 and muted >= len(state.chosen)
+def is_exhausted(state: RoundState, received: int, silent: int, left: int = 0) -> bool:
+    """Whether the open round waits in vain: all chosen clients are ``silent``.
+
+    A deadline is waited for, since it forgives; but not if some of them have ``left``: others may take their place.
+    """
+    return received == 0 and silent >= len(state.chosen) and (state.deadline is None or left > 0)
 
 
 def is_overdue(state: RoundState, now: float) -> bool:

@@ -37,6 +37,7 @@ WINDOW_LEAST = 20
 TICK_SECONDS = 0.25
 STATUS_SECONDS = 1.0  # the status topic changes no faster
 HEARTBEAT_SECONDS = 15.0  # and no slower
+WAITING_SECONDS = 5.0  # so long must it wait for the same clients before the log says so
 SETTLE_SECONDS = 1.0  # after connecting, what waited at the broker comes in before any deadline is judged
 FAREWELL_SECONDS = 30.0  # for the broker to take the last messages
 HASTY_FAREWELL_SECONDS = 2.0  # the same, when an error ends it
@@ -137,7 +138,7 @@ class _Loop:
         self._judge_from = float("inf")  # inf while there is no connection
         self._said = 0.0
         self._last: Status | None = None
-        self._waiting = ""
+        self._waiting, self._waiting_since = "", 0.0
         self._looked = 0.0
         self._deliveries: list[Delivery] = []
 
@@ -226,9 +227,11 @@ class _Loop:
         self._looked = now
         status = self._federation.status(now)
         self._on_status(status)
-        if status.waiting not in ("", self._waiting):
+        if status.waiting != self._waiting:
+            self._waiting, self._waiting_since = status.waiting, now
+        elif self._waiting and now - self._waiting_since >= WAITING_SECONDS:
             logger.info(status.waiting, extra={"round": status.round})
-        self._waiting = status.waiting
+            self._waiting_since = float("inf")  # said once
         changed = self._last is None or replace(status, time=self._last.time) != self._last
         # What is said without a connection is old when it is heard, and would fill the outbox.
         connected = self._judge_from != float("inf")

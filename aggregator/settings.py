@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from fedmpt.aggregator.norms import NORM_FACTOR
 from fedmpt.aggregator.privacy import PrivacySettings, check_privacy
 from fedmpt.aggregator.rounds import MAXIMUM_CHOSEN, RoundSettings
 from fedmpt.aggregator.strategies import StrategySettings
@@ -27,7 +28,9 @@ class FederationSettings:
     """``refusals`` is how many a client may collect in a round before it is muted until the round ends.
 
     ``encoding`` is how clients send their updates; ``metrics`` whether they are asked for validation metrics.
-    ``update_bytes`` None takes the size of the state in float32; ``norm`` bounds a difference's L2 norm.
+    ``update_bytes`` None takes the size of the state in float32; ``norm`` bounds a difference's L2 norm, and so does
+    ``norm_factor`` times the round's median (0: off; see :mod:`fedmpt.aggregator.norms`). With privacy the latter is
+    off: updates are clipped, and whose update counts must not depend on the others.
     """
 
     name: str
@@ -39,6 +42,7 @@ class FederationSettings:
     update_bytes: int | None = None
     samples: int = MAXIMUM_SAMPLES
     norm: float = MAXIMUM_NORM
+    norm_factor: float = NORM_FACTOR
     privacy: PrivacySettings | None = None
 
     def __post_init__(self) -> None:
@@ -49,6 +53,8 @@ class FederationSettings:
             )
         if self.refusals < 1 or not 0 < self.norm < 1e30:
             raise SettingsError("the limits on refusals and norm must be positive")
+        if self.norm_factor != 0 and not 1 <= self.norm_factor < 1e30:
+            raise SettingsError("the factor of the norm limit must be at least 1, or 0 for no such limit")
         if not 1 <= self.samples <= LARGEST_MAXIMUM_SAMPLES:
             raise SettingsError(f"the limit on samples must be 1 to {LARGEST_MAXIMUM_SAMPLES}")
         if self.privacy:
@@ -61,8 +67,8 @@ class FederationSettings:
             )
 
 
-def manifest_message(bundle: BundleManifest, settings: FederationSettings) -> Manifest:
-    """The federation's manifest; the training set-up carries the operator's number of rounds."""
+def manifest_message(bundle: BundleManifest, settings: FederationSettings, run: str) -> Manifest:
+    """The federation's manifest in one run; the training set-up carries the operator's number of rounds."""
     rounds = settings.rounds
     return Manifest(
         federation=settings.name,
@@ -80,4 +86,5 @@ def manifest_message(bundle: BundleManifest, settings: FederationSettings) -> Ma
             samples=settings.samples,
             norm=settings.norm,
         ),
+        run=run,
     )

@@ -7,8 +7,8 @@ repeats the closed rounds for people and reports, one JSON object a line:
 ``round``, ``phase``, ``opened`` and ``closed`` (Unix seconds), ``seconds``, ``chosen`` and ``received`` (numbers
 of clients), ``refused`` and ``refusals`` (in all, and by client: the 100 with the most), ``bytes`` (payload bytes by
 client), ``metrics`` (of the round's *base* state, means weighted by validation photos), ``base`` and ``state``
-(digests before and after), ``samples`` and ``validation_samples``; with differential privacy ``epsilon`` in
-place of these two.
+(digests before and after), ``samples``, ``validation_samples`` and ``norms`` (``median`` and ``largest`` of the
+updates that counted); with differential privacy ``epsilon`` in place of these three.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import sqlite3
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -114,6 +115,14 @@ class Store:
                     f"{self.folder}: this store was begun with {name} {before.get(name)}, not {wanted.get(name)}; "
                     "start with the same options, or give another --store"
                 )
+
+    def run(self) -> str:
+        """What tells this store's federation from others of its name: 16 hexadecimal digits, drawn once."""
+        known = self._fact("run")
+        if known is None:
+            known = secrets.token_hex(8).encode()
+            self._put("run", known)
+        return known.decode()
 
     def load(self) -> tuple[RoundState, bytes, dict[str, NDArray[np.float64]]] | None:
         """The round, the payload of its base state and the strategy's memory; None in a new store."""

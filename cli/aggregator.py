@@ -15,6 +15,7 @@ from rich.console import Console
 
 from fedmpt.aggregator.broker import EmbeddedBroker
 from fedmpt.aggregator.federation import Federation
+from fedmpt.aggregator.norms import NORM_FACTOR
 from fedmpt.aggregator.privacy import PrivacySettings, epsilon
 from fedmpt.aggregator.rounds import RoundSettings
 from fedmpt.aggregator.server import connect, serve
@@ -39,6 +40,7 @@ from fedmpt.protocol.messages import ENCODINGS, Status
 logger = logging.getLogger("fedmpt.aggregator")
 
 LINGER_SECONDS = 10.0
+DEADLINE_SECONDS = 3600.0  # one silent site stalls the others no longer than this
 
 DESCRIPTION = """\
 Run a federation: publish the bundle's state, collect the clients' updates, combine them, round after round.
@@ -50,7 +52,7 @@ EXAMPLES = """\
 Examples:
   fedmpt aggregator --bundle bundle/ --embedded --federation birds --clients-min 4
   fedmpt aggregator --bundle bundle/ --broker mqtts://hub.example.org --federation birds --clients-min 10 \\
-    --fraction 0.5 --quorum 0.8 --deadline 3600 --ca ca.pem --cert aggregator.pem --key aggregator.key"""
+    --fraction 0.5 --quorum 0.8 --deadline 600 --ca ca.pem --cert aggregator.pem --key aggregator.key"""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -95,7 +97,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="PART",
         help="part of the chosen that closes a round (%(default)s)",
     )
-    rounds.add_argument("--deadline", type=float, metavar="S", help="close a round after S seconds (never)")
+    rounds.add_argument(
+        "--deadline",
+        type=_deadline,
+        default=DEADLINE_SECONDS,
+        metavar="S",
+        help="close a round after S seconds with the updates that came, or never; longer than the nights, say, where "
+        "sites train by night alone (%(default)s)",
+    )
     rounds.add_argument("--seed", type=int, default=0, help="draws the choice of clients (%(default)s)")
 
     defaults = StrategySettings()
@@ -159,6 +168,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=MAXIMUM_NORM,
         metavar="NORM",
         help="L2 norm of an update (%(default)s)",
+    )
+    updates.add_argument(
+        "--norm-factor",
+        type=float,
+        default=NORM_FACTOR,
+        metavar="F",
+        help="leave out updates whose norm is more than F times the round's median, once three are in, or what earlier "
+        "rounds suggest; 0: off (%(default)s)",
     )
     updates.add_argument(
         "--max-refusals",
@@ -293,8 +310,18 @@ def _settings(arguments: argparse.Namespace, bundle: BundleManifest) -> Federati
         update_bytes=arguments.max_update_bytes,
         samples=arguments.max_samples,
         norm=arguments.max_norm,
+        norm_factor=arguments.norm_factor,
         privacy=None if arguments.dp_noise is None else PrivacySettings(*dp),
     )
+
+
+def _deadline(text: str) -> float | None:
+    if text == "never":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither seconds nor never") from None
 
 
 def _broker(arguments: argparse.Namespace, stack: contextlib.ExitStack) -> BrokerAddress:

@@ -32,7 +32,7 @@ from fedmpt.edge_client.engine import ENGINES, open_engine
 from fedmpt.edge_client.onnx_session import DEVICES
 from fedmpt.edge_client.schedule import ScheduleError, Window, parse_window
 from fedmpt.edge_client.trainer import SiteData
-from fedmpt.protocol.codec import save_state
+from fedmpt.protocol.codec import State, save_state
 from fedmpt.protocol.manifest import load_manifest, verify_bundle
 from fedmpt.protocol.topics import check_name
 
@@ -40,8 +40,9 @@ logger = logging.getLogger("fedmpt.client")
 
 DESCRIPTION = """\
 Take part in a federation: wait for its rounds, train on this site's feature cache, send updates, until the
-federation is finished. Stop it at any time (SIGTERM leaves after the batch in flight) and start it again with the
-same --state-dir: it goes on where it was. User name and password for the broker are taken from FEDMPT_MQTT_USERNAME
+federation is finished; where the broker only remembers a finished one, wait for the next. Stop it at any time (SIGTERM
+leaves after the batch in flight, and the others do not wait for it) and start it again with the same --state-dir: it
+goes on where it was. User name and password for the broker are taken from FEDMPT_MQTT_USERNAME
 and FEDMPT_MQTT_PASSWORD."""
 
 EXAMPLES = """\
@@ -118,6 +119,13 @@ def run(arguments: argparse.Namespace) -> int:
             },
         )
         with _Reporter(as_json=arguments.json) as reporter:
+
+            def save(state: State) -> None:
+                if arguments.out:
+                    provenance = {"federation": arguments.federation, "method": manifest.method}
+                    save_state(arguments.out, state, provenance)
+                    reporter.report("saved", {"state": str(arguments.out)})
+
             state = run_client(
                 site,
                 address,
@@ -126,13 +134,10 @@ def run(arguments: argparse.Namespace) -> int:
                 stop=stop,
                 report=reporter.report,
                 progress=reporter.progress,
+                on_finished=save,
             )
             if state is None:
                 reporter.report("stopped", {})
-            elif arguments.out:
-                provenance = {"federation": arguments.federation, "method": manifest.method}
-                save_state(arguments.out, state, provenance)
-                reporter.report("saved", {"state": str(arguments.out)})
     return 0
 
 

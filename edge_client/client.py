@@ -12,7 +12,7 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,8 +74,11 @@ def run_client(
     stop: threading.Event,
     report: Report,
     progress: Progress | None = None,
+    on_finished: Callable[[State], None] = lambda state: None,
 ) -> State | None:
-    """Take part in a federation until it is finished or ``stop`` is set.
+    """Take part in a run of a federation until it is finished or ``stop`` is set.
+
+    A run that had finished before this client took part in it is an earlier one: the client waits for the next.
 
     Args:
         site: who takes part, and with what.
@@ -85,6 +88,8 @@ def run_client(
         stop: set it (from a signal handler, say) to leave after the batch in flight.
         report: called with what happens: an event's name and its facts.
         progress: called with (batches done, batches in all) of the round in training.
+        on_finished: called with the final state before the run is noted as over: a client that is killed meanwhile
+            is told the end again.
 
     Returns:
         The final global state; None where ``stop`` came first.
@@ -108,7 +113,12 @@ def run_client(
         open_site_state(state_folder) as files,
         open_site_connection(address, site.client, topics, presence, inbox, report, stop) as connection,
     ):
-        return _Client(site, topics, inbox, connection, files, limits, stop, report, progress).run()
+        client = _Client(site, topics, inbox, connection, files, limits, stop, report, progress)
+        state = client.run()
+        if state is not None:
+            on_finished(state)
+            files.end_run()
+        return state
 
 
 @dataclass
@@ -126,6 +136,7 @@ class _Client:
     progress: Progress | None
     checked: Manifest | None = None  # the manifest that was found good
     answered: tuple[Work, int | None] | None = None  # the work whose receipt has come, and its announcement
+    last_receipt: Receipt | None = None
     waiting_for: str = ""
     seen: int = 0  # the inbox's version when it was last looked at
 
@@ -133,12 +144,19 @@ class _Client:
         while not self.stop.is_set():
             self.seen = self.inbox.version
             self._check_manifest()
+            self._check_receipt()
             task = self.inbox.task()
             if task is None:
                 self._wait("the federation's manifest, round and state")
-            elif task.round.phase == "finished":
+                continue
+            federation, run = self.site.federation, task.manifest.run
+            if task.round.phase != "finished":
+                self.files.join_run(federation, run)
+            elif self.files.is_in_run(federation, run):
                 self.report("finished", {"round": task.round.round, "state": task.round.state})
                 return task.state
+            if task.round.phase == "finished":
+                self._wait("the next run: the last one ended before this client took part")
             elif self.site.client not in task.round.clients:
                 self._wait(f"the next round (not chosen for round {task.round.round})")
             elif self.answered in ((work := self._work(task), None), (work, task.announcement)):
@@ -174,6 +192,15 @@ class _Client:
         self.connection.check_size(self.topics.update(0, self.site.client), size)
         self.checked = manifest
         self.report("joined", {"method": manifest.method, "rounds": manifest.training.rounds})
+
+    def _check_receipt(self) -> None:
+        """Tell of an update that was accepted and is left out after all: it is too long beside the others."""
+        last = self.last_receipt
+        if last is None or (later := self.inbox.receipt(last.update)) in (None, last):
+            return
+        assert later is not None
+        self.last_receipt = later
+        self._report_receipt(later)
 
     def _work(self, task: Task) -> Work:
         setup = canonical_json([dataclasses.asdict(task.manifest), self.site.fingerprint])
@@ -268,18 +295,23 @@ class _Client:
         # A round that is announced again may come from an aggregator that has lost our update, so it gets it
         # again (a duplicate changes nothing); what was refused once would be refused again.
         self.answered = (work, None if receipt.status == "rejected" else task.announcement)
+        self.last_receipt = receipt
+        self._report_receipt(receipt)
+        if receipt.status == "rejected":
+            self.files.discard_update(work)
+
+    def _report_receipt(self, receipt: Receipt) -> None:
         self.report(
             "receipt",
             {
-                "round": work.round,
+                "round": receipt.round,
                 "status": receipt.status,
                 "check": receipt.check,
                 "reason": receipt.reason,
             },
         )
         if receipt.status == "rejected":
-            logger.error("round %d: update refused (%s): %s", work.round, receipt.check, receipt.reason)
-            self.files.discard_update(work)
+            logger.error("round %d: update refused (%s): %s", receipt.round, receipt.check, receipt.reason)
 
     def _is_wanted(self, task: Task) -> bool:
         return not self.stop.is_set() and self.inbox.is_open(task.round)

@@ -22,7 +22,8 @@ RECEIPTS_KEPT = 16
 class Task:
     """The round that is open, with the state that it starts from (or ends with, where it is finished).
 
-    ``announcement`` counts the round messages that have come, so that a repeated one can be told.
+    All are of the manifest's run. ``announcement`` counts the round messages that have come, so that a repeated one
+    can be told.
     """
 
     manifest: Manifest
@@ -79,10 +80,15 @@ class Inbox:
             return self._manifest
 
     def task(self) -> Task | None:
-        """The open round, once manifest, round and its state are all here; raises like :meth:`manifest`."""
+        """The open round, once manifest, round and its state are all here; raises like :meth:`manifest`.
+
+        A round of another run than the manifest's is what the broker remembers of an earlier one, and none.
+        """
         with self._changed:
             self._raise()
             if self._manifest is None or self._round is None or self._round.state not in self._states:
+                return None
+            if self._round.run != self._manifest.run:
                 return None
             state = self._states[self._round.state]
             return Task(self._manifest, self._round, state, self._announcements)
@@ -91,7 +97,8 @@ class Inbox:
         """Whether this round still is the one to work on."""
         with self._changed:
             current = self._round
-            return current is not None and (current.round, current.phase, current.state) == (
+            return current is not None and (current.run, current.round, current.phase, current.state) == (
+                opened.run,
                 opened.round,
                 opened.phase,
                 opened.state,
@@ -134,7 +141,8 @@ class Inbox:
         elif topic == self._topics.round:
             opened = from_json(Round, payload, topic)
             self._require_federation(opened.federation, topic)
-            if self._round is not None and opened.edition < self._round.edition:
+            known = self._round
+            if known is not None and opened.run == known.run and opened.edition < known.edition:
                 return  # its successor overtook it
             self._round = opened
             self._announcements += 1

@@ -40,14 +40,16 @@ def open_site_connection(
 ) -> Iterator[Connection]:
     """Connect, fill the inbox from a thread of its own, and say hello, again after every reconnection.
 
-    On leaving, the client says goodbye; if it vanishes, the broker does that for it (last will). Where ``stop``
-    is set before the broker has accepted us, the connection that comes is not connected.
+    On leaving, the client says that it has left, which frees its place in the round; if it vanishes, the broker says
+    that it is offline (last will), and its place is kept. Where ``stop`` is set before the broker has accepted us, the
+    connection that comes is not connected.
 
     Raises:
         BrokerUnreachable: see ``Connection.connect``. What fails later reaches the inbox's reader.
     """
     topic = topics.presence(client)
     online, offline = (to_json(dataclasses.replace(presence, online=value)) for value in (True, False))
+    left = to_json(dataclasses.replace(presence, online=False, left=True))
     connection = Connection(address, client, subscriptions=inbox.subscriptions, will=(topic, offline))
     done = threading.Event()
 
@@ -91,6 +93,6 @@ def open_site_connection(
             listener.join()
             connection.stop_receiving()
             try:
-                connection.publish(topic, offline, retain=True).wait(GOODBYE_SECONDS)
+                connection.publish(topic, left, retain=True).wait(GOODBYE_SECONDS)
             except (PublishRefused, PayloadTooLarge) as error:
                 logger.debug("no goodbye: %s", error)

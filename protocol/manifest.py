@@ -147,6 +147,8 @@ def canonical_json(value: Any) -> bytes:
 def from_plain(kind: type[Record], value: Any, where: str) -> Record:
     """Build a (nested) frozen dataclass from parsed JSON; unknown fields are ignored.
 
+    A field with a default, which an earlier release did not write, may be missing.
+
     Raises:
         BundleError: a field is missing or of the wrong type; the text gives its place, starting at ``where``.
     """
@@ -217,6 +219,14 @@ def _fields(kind: Any) -> dict[str, Any]:
 
 
 @functools.cache
+def _required(kind: Any) -> list[str]:
+    missing = dataclasses.MISSING
+    return [
+        field.name for field in dataclasses.fields(kind) if field.default is missing is field.default_factory
+    ]
+
+
+@functools.cache
 def _generic(kind: Any) -> tuple[Any, tuple[Any, ...]]:
     return typing.get_origin(kind), typing.get_args(kind)
 
@@ -230,8 +240,9 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         record: Any = kind
         fields = _fields(record)
         if not fields.keys() <= value.keys():
-            missing = [name for name in fields if name not in value]
-            raise BundleError(f"{where}: missing {', '.join(missing)}")
+            if missing := [name for name in _required(record) if name not in value]:
+                raise BundleError(f"{where}: missing {', '.join(missing)}")
+            fields = {name: field for name, field in fields.items() if name in value}
         # Nearly all fields are plain and of the right type: thousands of headers a second are read here.
         converted = {
             name: item

@@ -24,6 +24,7 @@ RECEIPTS = ("accepted", "duplicate", "stale", "rejected")
 ENCODINGS = ("float32", "float16", "int8")
 _NO_RECEIPT = f"status is none of {', '.join(RECEIPTS)}"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_RUN = re.compile(r"([0-9a-f]{16})?")
 
 AnyMessage = TypeVar("AnyMessage")
 
@@ -46,7 +47,9 @@ class Manifest:
     """What the federation trains. ``bundle`` is the bundle's digest; ``state`` the trained tensors.
 
     ``encoding`` is how updates are to be sent; ``strategy`` tells people how they are combined; ``metrics``
-    says whether clients are asked for their validation metrics.
+    says whether clients are asked for their validation metrics. ``run`` is drawn when the federation begins anew, so
+    that nothing that the broker remembers of an earlier run can be taken for this one's; before there were runs it is
+    empty.
     """
 
     federation: str
@@ -60,12 +63,14 @@ class Manifest:
     encoding: str
     metrics: bool
     limits: Limits
+    run: str = ""
     version: int = VERSION
 
     def __post_init__(self) -> None:
         check_name("federation", self.federation)
         _require(_DIGEST.fullmatch(self.bundle), "bundle is no SHA-256")
         _require(self.encoding in ENCODINGS, f"encoding is none of {', '.join(ENCODINGS)}")
+        _require(_RUN.fullmatch(self.run), "run is not of 16 hexadecimal digits")
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,8 @@ class Round:
 
     ``phase`` is ``calibrate`` (round 0), ``train``, or ``finished``: then ``state/{round}`` is the result and
     nobody trains. ``state`` is the digest of the base state; ``deadline`` is in Unix seconds, None for none.
-    ``edition`` grows with every change, so that a reader can leave out what comes after its successor.
+    ``edition`` grows with every change, so that a reader can leave out what comes after its successor. ``run`` is the
+    manifest's: a round of another run neither begins nor ends anything.
     """
 
     federation: str
@@ -85,6 +91,7 @@ class Round:
     deadline: float | None
     clients: tuple[str, ...]
     edition: int
+    run: str = ""
     version: int = VERSION
 
     def __post_init__(self) -> None:
@@ -93,6 +100,7 @@ class Round:
         _require(0 <= self.round <= MAXIMUM_ROUND, f"round is not between 0 and {MAXIMUM_ROUND}")
         _require(self.phase in PHASES, f"phase is none of {', '.join(PHASES)}")
         _require(_DIGEST.fullmatch(self.state), "state is no SHA-256")
+        _require(_RUN.fullmatch(self.run), "run is not of 16 hexadecimal digits")
 
 
 @dataclass(frozen=True)
@@ -119,7 +127,10 @@ class Receipt:
 
 @dataclass(frozen=True)
 class Presence:
-    """A client is there, or (its last will) gone; ``samples`` is its number of training photos.
+    """A client is there, or gone; ``samples`` is its number of training photos.
+
+    ``left``: it was stopped, so that no round waits for it any more. Without that (its last will) it may be back in
+    a moment, and has its place.
 
     It is for the aggregator and the operator: no other client may read it (see the ACL of ``fedmpt certs``).
     """
@@ -130,11 +141,13 @@ class Presence:
     bundle: str
     samples: int
     capabilities: Mapping[str, str]
+    left: bool = False
     version: int = VERSION
 
     def __post_init__(self) -> None:
         check_name("client", self.client)
         _require(self.samples >= 0, "samples is negative")
+        _require(not (self.online and self.left), "it is online and has left")
 
 
 @dataclass(frozen=True)
@@ -142,7 +155,7 @@ class Status:
     """The aggregator's own word on where it stands; ``online: false`` is its last will.
 
     ``time`` is when it was said and ``deadline`` when the round closes, both in Unix seconds; ``waiting``
-    tells people what it waits for, empty while a round simply runs; ``metrics`` are the last closed round's.
+    tells people what and whom it waits for; ``metrics`` are the last closed round's.
     """
 
     federation: str

@@ -2,18 +2,20 @@
 
 Whoever takes in thousands of updates a second and decodes them later, one by one, only has to know that decoding
 will succeed. That can be told without making a tensor where the payload is written as this project's own encoder
-does it: one pattern matches the container's text with the header in it, and the largest stored magnitude bounds
-both finiteness and norm. What all updates of a round have in common is part of the pattern. Anything else is left to
+does it: one pattern matches the container's text with the header in it, the largest stored magnitude bounds
+finiteness and norm, and the norm itself comes of the stored numbers and their scales. What all updates of a round have
+in common is part of the pattern. Anything else is left to
 ``decode_update``, which also words every refusal.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +29,11 @@ from fedmpt.protocol.topics import NAME
 _WORDS: Mapping[str, tuple[np.dtype[Any], NDArray[Any], str]] = {
     "float32": (np.dtype("<u4"), np.array(0x7FFFFFFF, "<u4"), "<f4"),
     "float16": (np.dtype("<u2"), np.array(0x7FFF, "<u2"), "<f2"),
+}
+_STORED: Mapping[str, np.dtype[Any]] = {
+    "float32": np.dtype("<f4"),
+    "float16": np.dtype("<f2"),
+    "int8": np.dtype("i1"),
 }
 _LARGEST_INT8 = 128.0
 _ROUNDED = 1 + 1e-6  # decoding multiplies by scales in float32, which may round up
@@ -44,6 +51,20 @@ _METRIC = (
 )
 _METRICS = rb"\{(?:%b(?:,%b){0,%d})?\}" % (_METRIC, _METRIC, MAXIMUM_METRICS - 1)
 _number = functools.lru_cache(1024)(float)  # float16's scales are powers of two: there are only so many
+
+
+class _Written(NamedTuple):
+    """How an encoding is written: its text, whose groups are client, samples, each scale and validation samples.
+
+    ``size`` is the bytes of all tensors, ``starts`` the index of each one's first number, ``scales`` the index of its
+    scale; tensors without numbers are left out.
+    """
+
+    encoding: str
+    text: re.Pattern[bytes]
+    size: int
+    starts: list[int]
+    scales: list[int]
 
 
 class Screen:
@@ -66,48 +87,57 @@ class Screen:
             "metrics": _METRICS if metrics else rb"\{\}",
             "round": str(round_number).encode(),
         }
-        self._written = [(encoding, *_written(specs, encoding, fixed)) for encoding in ENCODINGS]
+        self._written = [_written(specs, encoding, fixed) for encoding in ENCODINGS]
 
-    def passes(self, payload: bytes, client: str) -> bool:
-        """Whether this is an update of ``client`` that ``decode_update`` takes, and within all limits.
+    def norm(self, payload: bytes, client: str) -> float | None:
+        """The L2 norm of an update of ``client`` that ``decode_update`` takes, and that is within all limits.
 
-        False where that cannot be told so quickly: decode it.
+        None where that cannot be told so quickly: decode it.
         """
         if len(payload) > self._limits.update_bytes:
-            return False
+            return None
         start = 8 + int.from_bytes(payload[:8], "little")
         if start > 8 + MAXIMUM_HEADER_BYTES:
-            return False
-        for encoding, pattern, size in self._written:
-            if len(payload) - start == size and (match := pattern.fullmatch(payload, 8, start)):
-                return self._fits(match, encoding, payload, start, client)
-        return False
+            return None
+        for written in self._written:
+            if len(payload) - start == written.size and (match := written.text.fullmatch(payload, 8, start)):
+                return self._norm(match, written, payload, start, client)
+        return None
 
-    def _fits(self, match: re.Match[bytes], encoding: str, payload: bytes, start: int, client: str) -> bool:
+    def _norm(
+        self, match: re.Match[bytes], written: _Written, payload: bytes, start: int, client: str
+    ) -> float | None:
         name, samples, *texts, validation_samples = match.groups()
-        scales = list(map(_number, texts)) or [1.0]
-        largest = max(scales)
-        return (
+        scales = list(map(_number, texts))
+        largest = max(scales, default=1.0)
+        fits = (
             name == client.encode()
             and 1 <= int(samples) <= self._limits.samples
             and int(validation_samples) <= self._limits.samples
             # A scale beyond float32 would make infinities of zeros.
-            and min(scales) > 0
+            and min(scales, default=1.0) > 0
             and largest <= _LARGEST_SCALE
-            and _largest(payload, start, encoding) * largest * _ROUNDED * math.sqrt(len(payload) - start)
+            and _largest(payload, start, written.encoding)
+            * largest
+            * _ROUNDED
+            * math.sqrt(len(payload) - start)
             <= self._limits.norm
         )
+        if not fits:
+            return None
+        stored = np.frombuffer(payload, _STORED[written.encoding], offset=start).astype(np.float64)
+        squares = np.add.reduceat(stored * stored, written.starts) if written.starts else np.zeros(0)
+        if scales:
+            squares *= np.square([scales[index] for index in written.scales])
+        return math.sqrt(squares.sum())
 
 
-def _written(
-    specs: Mapping[str, TensorSpec], encoding: str, fixed: Mapping[str, bytes]
-) -> tuple[re.Pattern[bytes], int]:
-    """A pattern of the text of an update as ``encode_update`` writes it, and the bytes of its tensors.
-
-    ``fixed`` are patterns of fields that are the same for all. The groups are client, samples, each scale and
-    validation samples.
-    """
+def _written(specs: Mapping[str, TensorSpec], encoding: str, fixed: Mapping[str, bytes]) -> _Written:
+    """How ``encode_update`` writes an update; ``fixed`` are patterns of fields that are the same for all."""
     before, after, size = update_container(specs, encoding)
+    layout = json.loads(before + b'""' + after)
+    begins = {name: layout[name]["data_offsets"][0] for name in specs if math.prod(layout[name]["shape"])}
+    order = sorted(begins, key=lambda name: begins[name])
     names = [] if encoding == "float32" else sorted(specs)
     scales = b",".join(_escaped(name) + rb":(" + _NUMBER + rb")" for name in names)
     fields = {
@@ -120,7 +150,13 @@ def _written(
         "version": str(VERSION).encode(),
     }
     header = b",".join(_escaped(name) + b":" + fields[name] for name in sorted(fields))
-    return re.compile(re.escape(before) + rb'"\{' + header + rb'\}"' + re.escape(after) + b" *"), size
+    return _Written(
+        encoding,
+        re.compile(re.escape(before) + rb'"\{' + header + rb'\}"' + re.escape(after) + b" *"),
+        size,
+        [begins[name] // _STORED[encoding].itemsize for name in order],
+        [sorted(specs).index(name) for name in order],
+    )
 
 
 def _escaped(text: str) -> bytes:

@@ -78,6 +78,7 @@ def perform(settings: Settings, store: Path) -> Outcome:
         ),
         strategy=StrategySettings(settings.strategy),
         encoding=settings.encoding,
+        norm_factor=0.0,  # an experiment with hostile clients is to show what its strategy does alone
     )
     simulation = simulate(
         _partly_frozen(engine, settings.trained),

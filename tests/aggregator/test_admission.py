@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from fedmpt.aggregator.admission import CHECKS, AdmissionContext, Refused, admit
+from fedmpt.aggregator.admission import CHECKS, AdmissionContext, Admitted, Refused, admit
 from fedmpt.protocol.codec import State, state_digest
 from fedmpt.protocol.manifest import BundleManifest
 from fedmpt.protocol.messages import Limits
@@ -33,7 +33,7 @@ def context(bundle: BundleManifest, state: State) -> AdmissionContext:
 
 def test_a_good_update_is_admitted(context: AdmissionContext, state: State, make_update: MakeUpdate) -> None:
     result = admit(make_update(state, "a", 2, samples=500), "a", context)
-    assert result is None
+    assert isinstance(result, Admitted)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_metrics_are_refused_where_none_are_collected(
     result = admit(make_update(state, "a", 2), "a", quiet)
     assert isinstance(result, Refused)
     assert result.check == "metrics"
-    assert admit(make_update(state, "a", 2, metrics={}), "a", quiet) is None
+    assert isinstance(admit(make_update(state, "a", 2, metrics={}), "a", quiet), Admitted)
 
 
 def test_every_check_can_fail_and_nothing_else_can(

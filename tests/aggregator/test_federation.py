@@ -13,6 +13,7 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fedmpt.aggregator.admission import Refused
 from fedmpt.aggregator.federation import Federation, Outgoing
 from fedmpt.aggregator.privacy import PrivacySettings
 from fedmpt.aggregator.store import Store, StoreError
@@ -174,8 +175,8 @@ def test_an_update_that_was_examined_for_other_clients_is_examined_again(begin: 
     update, topic = site.update("c"), site.federation.topics.update(0, "c")
     examined = site.federation.examine(topic, update)
     assert examined is not None
-    assert examined.refusal is not None
-    assert examined.refusal.check == "chosen"
+    assert isinstance(examined.verdict, Refused)
+    assert examined.verdict.check == "chosen"
     site.federation.tick(60.0)  # no update came: it is begun anew, with all who are there
     assert site.federation.receive(0, "c", update, examined).status == "accepted"
 
@@ -292,7 +293,254 @@ def test_a_muted_client_does_not_hide_that_the_others_are_absent(begin: Callable
         site.send("a", step=1e6)
     site.join("b", online=False)
     site.federation.tick(1.0)
+    assert site.federation.status(1.0).waiting == "waiting for absent clients: b; not waiting for a (muted)"
+
+
+def say(site: Site, client: str, **changes: object) -> None:
+    """A presence message of a client."""
+    said = Presence("birds", client, False, site.bundle.digest, 10, {}, **changes)
+    assert site.federation.presence(client, to_json(said)) is None
+
+
+def test_a_site_that_leaves_frees_its_place_at_once(begin: Callable[..., Site]) -> None:
+    site = opened(begin)
+    site.send("a")
+    assert site.federation.tick(1.0) == []
+    say(site, "b", left=True)
+    site.federation.tick(1.0)
+    assert site.federation.round.number == 1
+
+
+def test_a_site_that_is_offline_without_having_left_keeps_its_place(begin: Callable[..., Site]) -> None:
+    site = opened(begin)
+    site.send("a")
+    say(site, "b")
+    site.federation.tick(1e6)
+    assert site.federation.round.number == 0
     assert site.federation.status(1.0).waiting == "waiting for absent clients: b"
+
+
+def test_a_site_that_left_and_is_back_is_waited_for_again(begin: Callable[..., Site]) -> None:
+    site = opened(begin)
+    say(site, "b", left=True)
+    assert site.federation.status(1.0).waiting == "waiting for a; not waiting for b (left)"
+    site.join("b")
+    site.send("a")
+    site.federation.tick(1.0)
+    assert site.federation.round.number == 0
+    assert site.federation.status(1.0).waiting == "waiting for b"
+
+
+@pytest.mark.parametrize("deadline", [None, 60.0])
+def test_where_all_have_left_the_round_begins_anew_with_others(
+    begin: Callable[..., Site], deadline: float | None
+) -> None:
+    site = opened(begin, deadline=deadline)
+    site.join("c", "d")
+    for client in ("a", "b"):
+        say(site, client, left=True)
+    site.federation.tick(1.0)
+    assert site.federation.round.chosen == ("c", "d")
+
+
+def test_a_site_whose_update_came_may_leave(begin: Callable[..., Site]) -> None:
+    site = opened(begin)
+    site.send("a")
+    say(site, "a", left=True)
+    site.send("b")
+    site.federation.tick(1.0)
+    assert site.federation.round.number == 1
+    assert set(site.store.history()[0]["bytes"]) == {"a", "b"}
+
+
+def test_a_refused_client_is_not_waited_for(begin: Callable[..., Site]) -> None:
+    site = opened(begin)
+    assert site.send("b", step=1e6).check == "norm"
+    assert site.federation.status(1.0).waiting == "waiting for a; not waiting for b (norm)"
+    site.send("a")
+    site.federation.tick(1.0)
+    assert site.federation.round.number == 1
+    site.federation.tick(1.0)
+    assert site.federation.round.chosen == ("a", "b")
+
+
+def test_a_refused_client_whose_next_update_is_good_counts(begin: Callable[..., Site]) -> None:
+    site = opened(begin)
+    site.send("b", step=1e6)
+    assert site.send("b").status == "accepted"
+    site.send("a")
+    site.federation.tick(1.0)
+    assert set(site.store.history()[0]["bytes"]) == {"a", "b"}
+
+
+def test_where_all_are_refused_it_says_so(begin: Callable[..., Site]) -> None:
+    site = opened(begin)
+    for client in ("a", "b"):
+        site.send(client, step=1e6)
+    site.federation.tick(1.0)
+    assert site.federation.status(1.0).waiting == (
+        "waiting for 2 more clients to begin, without those whose update was refused: a, b"
+    )
+
+
+def test_absent_and_present_clients_are_told_apart(begin: Callable[..., Site]) -> None:
+    site = opened(begin)
+    site.join("b", online=False)
+    assert site.federation.status(1.0).waiting == "waiting for a; absent: b"
+
+
+def test_a_run_has_one_identity_for_as_long_as_its_store(begin: Callable[..., Site]) -> None:
+    site = begin(durable=True)
+    run = site.federation.run
+    site.restart()
+    assert site.federation.run == run
+    retained = by_topic(site.federation.retained())
+    assert from_json(Manifest, retained["manifest"], "").run == run
+    assert from_json(Round, retained["round"], "").run == run
+    assert begin(durable=True).federation.run != run
+
+
+def test_what_the_broker_keeps_of_an_earlier_run_is_deleted(begin: Callable[..., Site]) -> None:
+    earlier = begin()
+    earlier.join("a", "b")
+    earlier.finish()
+    left = by_topic(earlier.federation.retained())
+    site = opened(begin)
+    answer = site.federation.echo(left["round"])
+    assert by_topic(answer) == {
+        "round": by_topic(site.federation.retained())["round"],
+        "state/3": b"",
+        "state/4": b"",
+    }
+    assert all(message.retain for message in answer)
+    own = by_topic(site.federation.retained())["round"]
+    assert site.federation.echo(own) == []
+    site.send("a")
+    site.send("b")
+    site.federation.tick(1.0)
+    assert list(by_topic(site.federation.echo(own))) == ["round"]
+
+
+def test_a_state_of_this_run_is_not_deleted_for_an_earlier_ones(begin: Callable[..., Site]) -> None:
+    earlier = opened(begin)
+    site = opened(begin)
+    left = by_topic(earlier.federation.retained())["round"]
+    assert list(by_topic(site.federation.echo(left))) == ["round"]
+
+
+@pytest.mark.parametrize("payload", [b"", b"{", b"[]"])
+def test_a_strangers_round_is_answered_with_ours(begin: Callable[..., Site], payload: bytes) -> None:
+    assert list(by_topic(opened(begin).federation.echo(payload))) == ["round"]
+
+
+SIX = ("a", "b", "c", "d", "e", "f")
+
+
+def of_six(begin: Callable[..., Site], **changes: object) -> Site:
+    site = begin(**({"clients_min": 6, "calibrate": False} | changes))
+    site.join(*SIX)
+    site.federation.tick(0.0)
+    return site
+
+
+def closed_with(site: Site, order: tuple[str, ...] = SIX, **steps: float) -> dict[str, Receipt]:
+    """Send all updates, ``steps`` times as long as others', and close the round: what clients are told at the end."""
+    for client in order:
+        assert site.send(client, step=0.1 * steps.get(client, 1.0)).status == "accepted"
+    messages = by_topic(site.federation.tick(1.0))
+    return {
+        topic.removeprefix("receipt/"): from_json(Receipt, payload, topic)
+        for topic, payload in messages.items()
+        if topic.startswith("receipt/")
+    }
+
+
+def test_an_update_much_longer_than_the_others_is_left_out_and_told(begin: Callable[..., Site]) -> None:
+    site = of_six(begin)
+    receipts = closed_with(site, c=1000.0)
+    assert list(receipts) == ["c"]
+    assert (receipts["c"].status, receipts["c"].check) == ("rejected", "norm")
+    assert "10 times the median of this round's 6" in receipts["c"].reason
+    assert "--norm-factor" in receipts["c"].reason
+    (record,) = site.store.history()
+    assert set(record["bytes"]) == set(SIX) - {"c"}
+    assert record["refusals"] == {"c": 1}
+    alone = of_six(begin)
+    for client in SIX:
+        if client != "c":
+            alone.send(client)
+    say(alone, "c", left=True)
+    alone.federation.tick(1.0)
+    assert alone.federation.digest == site.federation.digest
+
+
+def test_which_updates_are_left_out_does_not_depend_on_their_order(begin: Callable[..., Site]) -> None:
+    forwards, backwards = of_six(begin), of_six(begin)
+    first = closed_with(forwards, SIX, a=1000.0)
+    second = closed_with(backwards, SIX[::-1], a=1000.0)
+    assert list(first) == list(second) == ["a"]
+    assert forwards.federation.digest == backwards.federation.digest
+
+
+def test_a_restart_finds_the_long_update_again(begin: Callable[..., Site]) -> None:
+    site = of_six(begin, durable=True)
+    for client in SIX:
+        site.send(client, step=100.0 if client == "b" else 0.1)
+    site.restart()
+    site.join(*SIX)
+    assert site.federation.status(0.0).received == 6
+    assert "receipt/b" in by_topic(site.federation.tick(1.0))
+    assert set(site.store.history()[0]["bytes"]) == set(SIX) - {"b"}
+
+
+def test_later_rounds_refuse_a_long_update_at_once(begin: Callable[..., Site]) -> None:
+    site = of_six(begin)
+    closed_with(site)
+    median = site.store.history()[0]["norms"]["median"]
+    refused = site.send("a", step=100.0)
+    assert (refused.status, refused.check) == ("rejected", "norm")
+    assert f"at most {10 * median:.6g} is accepted" in refused.reason
+    assert "10 times the largest median of earlier rounds" in refused.reason
+
+
+def test_the_calibration_bounds_the_first_training_round(begin: Callable[..., Site]) -> None:
+    site = opened(begin)
+    site.send("a")
+    site.send("b")
+    site.federation.tick(1.0)
+    largest = site.store.history()[0]["norms"]["largest"]
+    refused = site.send("a", step=100.0)
+    assert f"10 times the longest in the calibration, {largest:.3g}" in refused.reason
+
+
+@pytest.mark.parametrize("changes", [{"norm_factor": 0.0}, {"clients_min": 2}])
+def test_without_a_factor_or_a_majority_none_is_left_out(
+    begin: Callable[..., Site], changes: dict[str, float]
+) -> None:
+    site = begin(**({"clients_min": 6, "calibrate": False} | changes))
+    few = SIX[: site.settings.rounds.clients_min]
+    site.join(*few)
+    site.federation.tick(0.0)
+    for client in few:
+        site.send(client, step=100.0 if client == "a" else 0.1)
+    site.federation.tick(1.0)
+    assert set(site.store.history()[0]["bytes"]) == set(few)
+
+
+def test_updates_that_change_nothing_do_not_make_the_others_long(begin: Callable[..., Site]) -> None:
+    site = of_six(begin)
+    assert closed_with(site, b=0.0, c=0.0, d=0.0, e=0.0) == {}
+
+
+def test_with_privacy_whose_update_counts_does_not_depend_on_the_others(begin: Callable[..., Site]) -> None:
+    privacy = PrivacySettings(noise_multiplier=5.0, clip_norm=1.0, delta=1e-6)
+    site = of_six(begin, privacy=privacy, metrics=False)
+    for client in SIX:
+        site.send(client, step=100.0 if client == "a" else 0.1, metrics={})
+    site.federation.tick(1.0)
+    (record,) = site.store.history()
+    assert record["received"] == 6
+    assert "norms" not in record
 
 
 def leave_unusable(site: Site, *clients: str) -> None:
@@ -457,7 +705,7 @@ def test_when_all_clients_are_gone_it_waits_says_so_and_goes_on(begin: Callable[
     assert site.federation.tick(1e6) == []
     assert site.federation.status(0.0).waiting == "waiting for absent clients: a, b"
     site.join("a", "b")
-    assert site.federation.status(0.0).waiting == ""
+    assert site.federation.status(0.0).waiting == "waiting for a, b"
     site.send("a")
     site.send("b")
     site.federation.tick(2e6)

@@ -51,7 +51,7 @@ def test_a_finished_federation_opens_nothing() -> None:
 @pytest.mark.parametrize(("received", "closes"), [(0, False), (1, False), (2, True), (4, True)])
 def test_a_quorum_closes_the_round(received: int, closes: bool) -> None:
     opened = open_round(first_round(SETTINGS), SETTINGS, FOUR, now=0.0)
-    assert should_close(opened, SETTINGS, received, muted=0, now=1.0) is closes
+    assert should_close(opened, SETTINGS, received, silent=0, now=1.0) is closes
 
 
 @pytest.mark.parametrize(("received", "closes"), [(0, False), (1, True)])
@@ -59,14 +59,14 @@ def test_a_deadline_closes_the_round_if_any_update_came(received: int, closes: b
     opened = open_round(first_round(SETTINGS), SETTINGS, FOUR, now=0.0)
     assert not is_overdue(opened, 59.9)
     assert is_overdue(opened, 60.0)
-    assert should_close(opened, SETTINGS, received, muted=0, now=60.0) is closes
+    assert should_close(opened, SETTINGS, received, silent=0, now=60.0) is closes
 
 
 def test_nobody_waits_for_muted_clients() -> None:
     everybody = RoundSettings(rounds=1, calibrate=False, quorum=1.0)
     opened = open_round(first_round(everybody), everybody, FOUR, now=0.0)
-    assert not should_close(opened, everybody, received=3, muted=0, now=1.0)
-    assert should_close(opened, everybody, received=3, muted=1, now=1.0)
+    assert not should_close(opened, everybody, received=3, silent=0, now=1.0)
+    assert should_close(opened, everybody, received=3, silent=1, now=1.0)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_a_round_whose_chosen_clients_are_all_muted_is_exhausted(
 
 def test_a_round_with_a_deadline_is_not_exhausted_before_it() -> None:
     opened = open_round(first_round(SETTINGS), SETTINGS, FOUR, now=0.0)
-    assert not is_exhausted(opened, received=0, muted=4)
+    assert not is_exhausted(opened, received=0, silent=4)
 
 
 def test_the_choice_is_seeded_and_differs_between_rounds() -> None:

@@ -170,11 +170,10 @@ def test_a_repeated_update_is_a_duplicate_and_a_bad_one_is_refused(
     a, b = clients
     a.in_round(0)
     b.in_round(0)
+    refused = a.answer(make_update, step=1e9)
+    assert (refused.status, refused.check) == ("rejected", "norm")
     assert a.answer(make_update).status == "accepted"
     assert a.answer(make_update).status == "duplicate"
-    refused = b.answer(make_update, step=1e9)
-    assert (refused.status, refused.check) == ("rejected", "norm")
-    assert b.answer(make_update).status == "accepted"
 
 
 def test_rubbish_does_not_stop_the_server(
@@ -191,9 +190,9 @@ def test_rubbish_does_not_stop_the_server(
     ):
         for payload in (b"", b"{", b"\xff" * 1000, b"[" * 5000):
             a.connection.publish(topic, payload)
-    a.answer(make_update)
     b.answer(make_update)  # its topic had rubbish too, so refusals come first
     b.until(lambda me: me.receipts[-1].status == "accepted")
+    a.answer(make_update)
     a.in_round(1)
 
 

@@ -116,7 +116,7 @@ class Federation:
 def federation(bundle, caches, tmp_path):
     with contextlib.ExitStack() as running:
 
-        def start(name, broker):
+        def start(name, broker, bundle=bundle):
             made = Federation(bundle, caches, tmp_path / name, broker)
             running.callback(made.end)
             return made
@@ -190,6 +190,60 @@ def test_sigterm_in_the_middle_of_a_round_ends_a_client_cleanly(federation, mosq
     assert birds.running["site-a"].wait(20) == 0, birds.logs()
     assert [event["event"] for event in birds.events("site-a")][-2:] == ["interrupted", "stopped"]
     assert list(state.glob("checkpoint-*.safetensors"))
+
+
+@pytest.mark.slow
+def test_a_site_that_is_stopped_frees_its_place_and_the_round_closes(federation, mosquitto):
+    birds = federation("birds", mosquitto.url)
+    birds.start_aggregator("--deadline", "never")
+    for name in SITES:
+        birds.start_client(name)
+    state = birds.folder / "site-a-state"
+    birds.wait_until(lambda: list(state.glob("checkpoint-*.safetensors")), "site-a in the middle of a round")
+    birds.running["site-a"].send_signal(signal.SIGTERM)
+    assert birds.running.pop("site-a").wait(20) == 0, birds.logs()
+    birds.finish()
+    history = [json.loads(line) for line in (birds.folder / "store/history.jsonl").read_text().splitlines()]
+    assert [(record["chosen"], list(record["bytes"])) for record in history] == [
+        (2, ["site-a", "site-b"]),
+        (2, ["site-b"]),
+    ]
+
+
+@pytest.mark.slow
+def test_a_client_waits_for_the_next_run_where_the_broker_still_has_the_last_ones_end(
+    federation, mosquitto, bundle, caches, tmp_path
+):
+    short = shutil.copytree(bundle, tmp_path / "bundle")
+    manifest = load_manifest(short)
+    save_manifest(
+        short, dataclasses.replace(manifest, training=dataclasses.replace(manifest.training, epochs=1))
+    )
+    first = federation("first", mosquitto.url, short)
+    first.start_aggregator()
+    for name in SITES:
+        first.start_client(name)
+    first.finish()
+    first.running.clear()
+
+    first.start_client("site-a")  # as its unit is started again, before the aggregator is
+    first.wait_until(
+        lambda: "the next run" in first.events("site-a")[-1].get("for", ""), "site-a waiting for the next run"
+    )
+    second = federation("second", mosquitto.url, short)
+    second.start_aggregator()
+    second.start_client("site-b")
+    second.finish()
+    assert first.running["site-a"].wait(PATIENCE) == 0
+    events = [event["event"] for event in first.events("site-a")]
+    assert events.count("finished") == 2
+    assert events.count("trained") == 4
+    manifest = load_manifest(short)
+    mine, theirs = (
+        load_state(path, manifest.state)
+        for path in (first.folder / "site-a.safetensors", second.folder / "final.safetensors")
+    )
+    assert all(np.array_equal(mine[name], theirs[name]) for name in theirs)
 
 
 def test_sigterm_while_no_broker_answers_ends_a_client_cleanly(federation, caches, free_port):

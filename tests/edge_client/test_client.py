@@ -84,7 +84,7 @@ class Hub:
         }
         self.publish(TOPICS.manifest, to_json(Manifest(**{**fields, **changes})))
 
-    def open_round(self, number, state, phase="train", clients=("site-a",), edition=None):
+    def open_round(self, number, state, phase="train", clients=("site-a",), edition=None, run=""):
         self.publish(TOPICS.state(number), encode_state(state))
         trainable = ("bias", "scale") if phase == "calibrate" else tuple(sorted(self.bundle.state))
         opened = Round(
@@ -96,6 +96,7 @@ class Hub:
             None,
             clients,
             number if edition is None else edition,
+            run,
         )
         self.publish(TOPICS.round, to_json(opened))
 
@@ -388,6 +389,93 @@ def test_a_lost_broker_does_not_disturb_training(mosquitto, hub, start, site, bu
     )
     assert _same_bits(update.difference, expected.difference)
     assert client.names().count("training") == 1
+
+
+FIRST_RUN, SECOND_RUN = "1" * 16, "2" * 16
+
+
+def test_what_an_earlier_run_left_ends_nothing(hub, start, initial):
+    hub.announce(run=FIRST_RUN)
+    hub.open_round(3, initial, "finished", clients=(), run=FIRST_RUN, edition=9)
+    client = start()
+    client.wait_until(("waiting", {"for": "the next run: the last one ended before this client took part"}))
+    assert "finished" not in client.names()
+    hub.open_round(1, initial, run=SECOND_RUN, edition=0)
+    hub.announce(run=SECOND_RUN)
+    hub.wait_for(hub.updates)
+    hub.open_round(2, initial, "finished", clients=(), run=SECOND_RUN)
+    assert client.join() is not None
+
+
+def test_a_round_of_another_run_than_the_manifests_begins_nothing(hub, start, initial):
+    hub.announce(run=SECOND_RUN)
+    hub.open_round(1, initial, run=FIRST_RUN)
+    client = start()
+    client.wait_until(("waiting", {"for": "the federation's manifest, round and state"}))
+    hub.open_round(1, initial, run=SECOND_RUN)
+    client.wait_for("training")
+
+
+def test_a_client_that_was_away_at_the_end_of_its_run_is_told_it(hub, start, initial):
+    hub.announce(run=FIRST_RUN)
+    hub.open_round(1, initial, run=FIRST_RUN)
+    client = start()
+    hub.wait_for(hub.updates)
+    assert client.end() is None
+    hub.open_round(2, initial, "finished", clients=(), run=FIRST_RUN)
+    assert start().join() is not None
+    client = start()
+    client.wait_until(("waiting", {"for": "the next run: the last one ended before this client took part"}))
+
+
+def test_a_client_that_dies_before_its_result_is_saved_is_told_the_end_again(hub, start, initial):
+    def fail(state):
+        raise OSError("no room")
+
+    hub.announce(run=FIRST_RUN)
+    hub.open_round(1, initial, run=FIRST_RUN)
+    client = start(on_finished=fail)
+    hub.wait_for(hub.updates)
+    hub.open_round(2, initial, "finished", clients=(), run=FIRST_RUN)
+    with pytest.raises(OSError, match="no room"):
+        client.join()
+    saved = []
+    assert start(on_finished=saved.append).join() is saved[0]
+
+
+def test_an_update_of_an_earlier_run_is_not_sent_in_the_next(hub, start, initial):
+    """The round, its base and the photos are the same; the aggregator has lost its store."""
+    hub.announce(run=FIRST_RUN)
+    hub.open_round(1, initial, run=FIRST_RUN)
+    client = start()
+    hub.wait_for(hub.updates)
+    hub.open_round(1, initial, run=SECOND_RUN)
+    hub.announce(run=SECOND_RUN)
+    client.wait_for("training", count=2)
+    hub.wait_for(hub.updates, 2)
+
+
+def test_a_stopped_client_says_that_it_has_left(hub, start, site, initial):
+    client = start()
+    hub.wait_for_presence(True)
+    client.end()
+    assert hub.wait_for_presence(False).left
+
+
+def test_an_update_that_is_left_out_after_all_is_told(hub, start, initial, caplog):
+    hub.announce()
+    hub.open_round(1, initial)
+    client = start()
+    (payload,) = hub.wait_for(hub.updates)
+    hub.answer(payload, 1)
+    client.wait_for("receipt")
+    hub.answer(payload, 1, "rejected", "norm", "its L2 norm is 99, but at most 10 is accepted")
+    facts = client.wait_for("receipt", count=2)
+    assert (facts["round"], facts["status"], facts["check"]) == (1, "rejected", "norm")
+    hub.open_round(2, initial)
+    hub.wait_for(hub.updates, 2)
+    assert client.names().count("receipt") == 2
+    assert "round 1: update refused (norm): its L2 norm is 99" in caplog.text
 
 
 def test_outside_its_window_a_site_does_not_train(hub, start, initial):

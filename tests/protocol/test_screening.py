@@ -24,7 +24,7 @@ SCREEN = Screen(
 
 
 def passes(payload: bytes) -> bool:
-    return SCREEN.passes(payload, "north")
+    return SCREEN.norm(payload, "north") is not None
 
 
 def payload_of(encoding: str, largest: float = 0.5, **changes: object) -> bytes:
@@ -80,8 +80,8 @@ def test_metrics_pass_only_where_they_are_collected() -> None:
     quiet = Screen(
         SPECS, Limits(LIMIT, 30, NORM), federation="farm", round_number=1, base="0" * 64, metrics=False
     )
-    assert quiet.passes(payload_of("float16", metrics={}), "north")
-    assert not quiet.passes(payload_of("float16"), "north")
+    assert quiet.norm(payload_of("float16", metrics={}), "north") is not None
+    assert quiet.norm(payload_of("float16"), "north") is None
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
@@ -163,4 +163,4 @@ def test_a_scale_that_decoding_rounds_up_brings_no_norm_past_its_limit() -> None
         limits = Limits(LIMIT, 30, norm)
         screen = Screen(SPECS, limits, federation="farm", round_number=1, base="0" * 64, metrics=True)
         assert norm_when_decoded(payload) < math.inf
-        assert norm_when_decoded(payload) <= norm or not screen.passes(payload, "north")
+        assert norm_when_decoded(payload) <= norm or screen.norm(payload, "north") is None
