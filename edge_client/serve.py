@@ -120,6 +120,8 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = TIMEOUT
 
     def do_GET(self) -> None:
+        if self._length() != 0 and ("Content-Length" in self.headers or "Transfer-Encoding" in self.headers):
+            self.close_connection = True  # a body, which would be taken for the next request
         if not self._is_ours():
             return
         if self.path != "/":
@@ -144,16 +146,25 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         if not self._is_ours():
             return
-        length = self.headers.get("Content-Length", "")
+        length = self._length()
         if self.path != "/tag":
             self._fail(HTTPStatus.NOT_FOUND, "no such page")
-        elif not (length.isascii() and length.isdigit()):
+        elif length is None:
             self._fail(HTTPStatus.LENGTH_REQUIRED, "the size of the photo is missing")
-        elif int(length[:20]) > MAXIMUM_UPLOAD:
+        elif length > MAXIMUM_UPLOAD:
             self._fail(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"larger than {MAXIMUM_UPLOAD >> 20} MB")
         else:
             with self.slots:
-                self._tag(self.rfile.read(int(length)))
+                self._tag(self.rfile.read(length))
+
+    def _length(self) -> int | None:
+        """The bytes of the body, up to some more than are taken; None if they are not told once and plainly."""
+        told = self.headers.get_all("Content-Length", [])
+        plain = len(told) == 1 and told[0].isascii() and told[0].isdigit()
+        if not plain or "Transfer-Encoding" in self.headers:
+            return None
+        digits = told[0].lstrip("0")
+        return MAXIMUM_UPLOAD + 1 if len(digits) > 20 else int(digits or "0")
 
     def _tag(self, photo: bytes) -> None:
         try:

@@ -92,8 +92,6 @@ def info_from_json(text: str, where: str) -> TaggerInfo:
         raise TaggerError(
             f"{where}: tagger version {value.get('version')!r}, but this program reads {VERSION}; export it again"
         )
-    if isinstance(measurement := value.get("measurement"), dict):
-        measurement.setdefault("rule", "")  # the first files of this version do not have it
     try:
         info = from_plain(TaggerInfo, value, where)
     except BundleError as error:

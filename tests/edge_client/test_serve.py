@@ -105,9 +105,48 @@ def test_something_else_than_a_photo_is_refused_with_the_reason(port: int) -> No
         assert json.loads(answer)["error"]
 
 
-def test_uploads_are_bounded_before_they_are_read(port: int) -> None:
-    status, body, _ = request(port, "POST", "/tag", None, Content_Length=str(MAXIMUM_UPLOAD + 1))
+@pytest.mark.parametrize(
+    "length",
+    [str(MAXIMUM_UPLOAD + 1), "0" * 20 + "3221225472", "0" * 5000 + str(MAXIMUM_UPLOAD + 1), "9" * 5000],
+)
+def test_uploads_are_bounded_before_they_are_read(port: int, length: str) -> None:
+    status, body, _ = request(port, "POST", "/tag", None, Content_Length=length)
     assert (status, json.loads(body)) == (413, {"error": "larger than 64 MB"})
+
+
+def test_zeros_before_a_length_mean_nothing(port: int) -> None:
+    photo = encoded(half_green())
+    status, body, _ = request(port, "POST", "/tag", photo, Content_Length="0" * 30 + str(len(photo)))
+    assert status == 200
+    assert json.loads(body)["tags"]
+
+
+def raw(port: int, text: str) -> bytes:
+    """What comes back for these bytes until the server closes the connection or is silent."""
+    with socket.create_connection(("127.0.0.1", port), timeout=2) as connection:
+        connection.sendall(text.encode())
+        answer = b""
+        with contextlib.suppress(TimeoutError):
+            while part := connection.recv(65536):
+                answer += part
+        return answer
+
+
+@pytest.mark.parametrize(
+    "told",
+    ["Content-Length: 3\r\nContent-Length: 3", "Content-Length: 3\r\nTransfer-Encoding: chunked", "X: 1"],
+)
+def test_a_length_that_is_not_told_plainly_is_refused(port: int, told: str) -> None:
+    answer = raw(port, f"POST /tag HTTP/1.1\r\nHost: 127.0.0.1\r\n{told}\r\n\r\nabc")
+    assert answer.startswith(b"HTTP/1.1 411 ")
+    assert answer.count(b"HTTP/1.1") == 1
+
+
+@pytest.mark.parametrize("told", ["Content-Length: 40", "Transfer-Encoding: chunked"])
+def test_the_body_of_a_get_is_no_second_request(port: int, told: str) -> None:
+    second = "GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+    answer = raw(port, f"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n{told}\r\n\r\n{second}")
+    assert answer.count(b"HTTP/1.1 ") == 1
 
 
 @pytest.mark.parametrize("length", ["-1", "1e3", "٣", "9" * 5000])
