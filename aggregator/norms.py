@@ -1,9 +1,9 @@
 """How long an update may be beside others: one that is much longer than all the rest is noise, an error or an attack.
 
 Honest updates of one round differ in length with the number of steps behind them: by 8 times between sites of 20 and
-of 2,400 photographs. Random noise that one site of four sends in every round costs 1.7 points of mAP at ten times the
-honest length, of which 1.4 are its missing honest updates; at thirty times it costs 11 points. So the bound is ten times
-the median (``benchmarks/norm_bound.py``, docs/results/norm-bound.json).
+of 2,400 photographs. Random noise that one site of four sends in every round, instead of an honest update, costs 1.5
+points of mAP at three times the honest length, 1.7 at ten, 11 at thirty. So the bound is ten times the median
+(``benchmarks/norm_bound.py``, docs/results/norm-bound.json).
 """
 
 from __future__ import annotations
