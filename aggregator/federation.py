@@ -153,6 +153,7 @@ class Federation:
             return self._refuse(
                 client, number, _sha256(payload), "identity", f"{topic}: it speaks for {message.client}"
             )
+        returned = client in self._left
         self._left.discard(client)
         if not message.online:
             self._present.discard(client)
@@ -170,6 +171,8 @@ class Federation:
             )
         elif len(self._present) < MAXIMUM_CLIENTS:
             self._present.add(client)
+            if returned:  # started anew, it may do better
+                self._refused.pop(client, None)
         return None
 
     def reconnected(self) -> None:
@@ -241,7 +244,9 @@ class Federation:
             elif is_overdue(self.round, now):
                 self._renew("no update came", now)
                 self._forgive()
-            elif is_exhausted(self.round, len(self._received), len(silent), len(silent & self._left)):
+            elif is_exhausted(
+                self.round, len(self._received), len(silent), len(silent - self._muted_clients())
+            ):
                 # Nobody is forgiven, or the same clients would be chosen and muted over and over.
                 self._renew(f"nobody is left to wait for: {self._unawaited()}", now)
         if self.round.opened is None and not self.finished:

@@ -2,7 +2,7 @@
 
 A round opens when enough clients are present, and closes at its quorum, or at its deadline if any update came.
 A deadline without any update renews the round: the same base state, the clients chosen anew. A round is renewed, too,
-where all its chosen clients have left, or (without a deadline) been muted or refused before any update came.
+where all its chosen clients have left, were refused, or (without a deadline) muted before any update came.
 """
 
 from __future__ import annotations
@@ -122,12 +122,13 @@ def should_close(state: RoundState, settings: RoundSettings, received: int, sile
     return received >= quorum or is_overdue(state, now)
 
 
-def is_exhausted(state: RoundState, received: int, silent: int, left: int = 0) -> bool:
+def is_exhausted(state: RoundState, received: int, silent: int, gone: int = 0) -> bool:
     """Whether the open round waits in vain: all chosen clients are ``silent``.
 
-    A deadline is waited for, since it forgives; but not if some of them have ``left``: others may take their place.
+    A deadline is waited for, since it forgives those who are muted; but not if others are ``gone`` (have left, or were
+    refused): somebody else may take their place.
     """
-    return received == 0 and silent >= len(state.chosen) and (state.deadline is None or left > 0)
+    return received == 0 and silent >= len(state.chosen) and (state.deadline is None or gone > 0)
 
 
 def is_overdue(state: RoundState, now: float) -> bool:

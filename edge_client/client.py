@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 CALIBRATED = ("bias", "scale")
 CHECKPOINT_SECONDS = 1.0  # of training between two checkpoints, where epochs are shorter than that
+SETTLE_SECONDS = 3.0  # in which the retained round comes after its manifest
+NEXT_RUN = "the next run: the last one ended before this client took part"
 RESEND_SECONDS = (15.0, 300.0)  # first and longest wait for a receipt before an update is sent again
 
 
@@ -137,12 +139,16 @@ class _Client:
     checked: Manifest | None = None  # the manifest that was found good
     answered: tuple[Work, int | None] | None = None  # the work whose receipt has come, and its announcement
     last_receipt: Receipt | None = None
+    doubtful_since: float | None = None  # when a manifest of another bundle came
     waiting_for: str = ""
     seen: int = 0  # the inbox's version when it was last looked at
 
     def run(self) -> State | None:
         while not self.stop.is_set():
             self.seen = self.inbox.version
+            if not self._is_of_this_bundle():
+                self._wait(NEXT_RUN)
+                continue
             self._check_manifest()
             self._check_receipt()
             task = self.inbox.task()
@@ -156,7 +162,7 @@ class _Client:
                 self.report("finished", {"round": task.round.round, "state": task.round.state})
                 return task.state
             if task.round.phase == "finished":
-                self._wait("the next run: the last one ended before this client took part")
+                self._wait(NEXT_RUN)
             elif self.site.client not in task.round.clients:
                 self._wait(f"the next round (not chosen for round {task.round.round})")
             elif self.answered in ((work := self._work(task), None), (work, task.announcement)):
@@ -171,16 +177,26 @@ class _Client:
                     self.files.save_update(work, encode_update(update, task.manifest.encoding))
         return None
 
+    def _is_of_this_bundle(self) -> bool:
+        """Refuse a federation of another bundle; False if it is a finished run's, which the broker remembers."""
+        manifest = self.inbox.manifest()
+        if manifest is None or manifest.bundle == self.site.bundle.digest:
+            self.doubtful_since = None
+            return True
+        self.doubtful_since = self.doubtful_since or time.monotonic()
+        phase = self.inbox.phase()
+        if phase == "finished" or (phase is None and time.monotonic() - self.doubtful_since < SETTLE_SECONDS):
+            return False
+        raise ClientError(
+            f"federation {manifest.federation} trains the bundle {manifest.bundle[:12]}…, but this site's "
+            f"bundle is {self.site.bundle.digest[:12]}…; copy the federation's bundle folder to this site"
+        )
+
     def _check_manifest(self) -> None:
-        """Refuse a federation of another bundle, and one whose updates could not be delivered."""
+        """Refuse a federation whose updates could not be delivered."""
         manifest = self.inbox.manifest()
         if manifest is None or manifest == self.checked:
             return
-        if manifest.bundle != self.site.bundle.digest:
-            raise ClientError(
-                f"federation {manifest.federation} trains the bundle {manifest.bundle[:12]}…, but this site's "
-                f"bundle is {self.site.bundle.digest[:12]}…; copy the federation's bundle folder to this site"
-            )
         nothing = {name: np.zeros(_sizes(spec.shape), np.float32) for name, spec in manifest.state.items()}
         update = Update(self.site.federation, 0, self.site.client, "0" * 64, 0, 0, {}, nothing)
         size = len(encode_update(update, manifest.encoding))
@@ -194,13 +210,12 @@ class _Client:
         self.report("joined", {"method": manifest.method, "rounds": manifest.training.rounds})
 
     def _check_receipt(self) -> None:
-        """Tell of an update that was accepted and is left out after all: it is too long beside the others."""
-        last = self.last_receipt
-        if last is None or (later := self.inbox.receipt(last.update)) in (None, last):
+        """Heed that an update which was accepted is left out after all: it is too long beside the others."""
+        if self.answered is None or self.last_receipt is None or self.last_receipt.status == "rejected":
             return
-        assert later is not None
-        self.last_receipt = later
-        self._report_receipt(later)
+        later = self.inbox.receipt(self.last_receipt.update)
+        if later is not None and later.status == "rejected":
+            self._note_answer(self.answered[0], None, later)
 
     def _work(self, task: Task) -> Work:
         setup = canonical_json([dataclasses.asdict(task.manifest), self.site.fingerprint])
@@ -294,13 +309,11 @@ class _Client:
     def _finish(self, task: Task, work: Work, receipt: Receipt) -> None:
         # A round that is announced again may come from an aggregator that has lost our update, so it gets it
         # again (a duplicate changes nothing); what was refused once would be refused again.
-        self.answered = (work, None if receipt.status == "rejected" else task.announcement)
-        self.last_receipt = receipt
-        self._report_receipt(receipt)
-        if receipt.status == "rejected":
-            self.files.discard_update(work)
+        announcement = None if receipt.status == "rejected" else task.announcement
+        self._note_answer(work, announcement, receipt)
 
-    def _report_receipt(self, receipt: Receipt) -> None:
+    def _note_answer(self, work: Work, announcement: int | None, receipt: Receipt) -> None:
+        self.answered, self.last_receipt = (work, announcement), receipt
         self.report(
             "receipt",
             {
@@ -312,6 +325,7 @@ class _Client:
         )
         if receipt.status == "rejected":
             logger.error("round %d: update refused (%s): %s", receipt.round, receipt.check, receipt.reason)
+            self.files.discard_update(work)
 
     def _is_wanted(self, task: Task) -> bool:
         return not self.stop.is_set() and self.inbox.is_open(task.round)

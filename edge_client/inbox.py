@@ -79,6 +79,13 @@ class Inbox:
             self._raise()
             return self._manifest
 
+    def phase(self) -> str | None:
+        """The phase of the manifest's run, once its round is here; that may be of another bundle than this site's."""
+        with self._changed:
+            if self._manifest is None or self._round is None or self._round.run != self._manifest.run:
+                return None
+            return self._round.phase
+
     def task(self) -> Task | None:
         """The open round, once manifest, round and its state are all here; raises like :meth:`manifest`.
 

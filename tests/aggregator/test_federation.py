@@ -373,14 +373,32 @@ def test_a_refused_client_whose_next_update_is_good_counts(begin: Callable[..., 
     assert set(site.store.history()[0]["bytes"]) == {"a", "b"}
 
 
-def test_where_all_are_refused_it_says_so(begin: Callable[..., Site]) -> None:
-    site = opened(begin)
+@pytest.mark.parametrize("deadline", [None, 60.0])
+def test_where_all_are_refused_it_says_so_and_takes_others(
+    begin: Callable[..., Site], deadline: float | None
+) -> None:
+    site = opened(begin, deadline=deadline)
     for client in ("a", "b"):
         site.send(client, step=1e6)
     site.federation.tick(1.0)
     assert site.federation.status(1.0).waiting == (
         "waiting for 2 more clients to begin, without those whose update was refused: a, b"
     )
+    site.join("c", "d")
+    site.federation.tick(2.0)
+    assert site.federation.round.chosen == ("c", "d")
+
+
+def test_a_refused_client_that_is_started_anew_is_chosen_again(begin: Callable[..., Site]) -> None:
+    site = opened(begin)
+    for client in ("a", "b"):
+        site.send(client, step=1e6)
+        say(site, client, left=True)
+    site.federation.tick(1.0)
+    site.join("a", "b")
+    site.federation.tick(2.0)
+    assert site.federation.round.chosen == ("a", "b")
+    assert site.send("a").status == "accepted"
 
 
 def test_absent_and_present_clients_are_told_apart(begin: Callable[..., Site]) -> None:

@@ -407,6 +407,16 @@ def test_what_an_earlier_run_left_ends_nothing(hub, start, initial):
     assert client.join() is not None
 
 
+def test_a_finished_run_of_another_bundle_is_waited_out(hub, start, initial):
+    hub.open_round(3, initial, "finished", clients=(), run=FIRST_RUN)
+    hub.announce(run=FIRST_RUN, bundle="0" * 64)
+    client = start()
+    client.wait_until(("waiting", {"for": "the next run: the last one ended before this client took part"}))
+    hub.announce(run=SECOND_RUN)
+    hub.open_round(1, initial, run=SECOND_RUN)
+    hub.wait_for(hub.updates)
+
+
 def test_a_round_of_another_run_than_the_manifests_begins_nothing(hub, start, initial):
     hub.announce(run=SECOND_RUN)
     hub.open_round(1, initial, run=FIRST_RUN)
