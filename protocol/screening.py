@@ -56,15 +56,13 @@ _number = functools.lru_cache(1024)(float)  # float16's scales are powers of two
 class _Written(NamedTuple):
     """How an encoding is written: its text, whose groups are client, samples, each scale and validation samples.
 
-    ``size`` is the bytes of all tensors, ``starts`` the index of each one's first number, ``scales`` the index of its
-    scale; tensors without numbers are left out.
+    ``size`` is the bytes of all tensors; of each, ``tensors`` has the first and last number and which scale is its own.
     """
 
     encoding: str
     text: re.Pattern[bytes]
     size: int
-    starts: list[int]
-    scales: list[int]
+    tensors: list[tuple[int, int, int]]
 
 
 class Screen:
@@ -126,18 +124,19 @@ class Screen:
         if not fits:
             return None
         stored = np.frombuffer(payload, _STORED[written.encoding], offset=start).astype(np.float64)
-        squares = np.add.reduceat(stored * stored, written.starts) if written.starts else np.zeros(0)
-        if scales:
-            squares *= np.square([scales[index] for index in written.scales])
-        return math.sqrt(squares.sum())
+        square = 0.0
+        for begin, end, scale in written.tensors:
+            part = stored[begin:end]
+            square += (scales[scale] if scales else 1.0) ** 2 * float(part @ part)
+        return math.sqrt(square)
 
 
 def _written(specs: Mapping[str, TensorSpec], encoding: str, fixed: Mapping[str, bytes]) -> _Written:
     """How ``encode_update`` writes an update; ``fixed`` are patterns of fields that are the same for all."""
     before, after, size = update_container(specs, encoding)
     layout = json.loads(before + b'""' + after)
-    begins = {name: layout[name]["data_offsets"][0] for name in specs if math.prod(layout[name]["shape"])}
-    order = sorted(begins, key=lambda name: begins[name])
+    width = _STORED[encoding].itemsize
+    extents = {name: [offset // width for offset in layout[name]["data_offsets"]] for name in specs}
     names = [] if encoding == "float32" else sorted(specs)
     scales = b",".join(_escaped(name) + rb":(" + _NUMBER + rb")" for name in names)
     fields = {
@@ -154,8 +153,7 @@ def _written(specs: Mapping[str, TensorSpec], encoding: str, fixed: Mapping[str,
         encoding,
         re.compile(re.escape(before) + rb'"\{' + header + rb'\}"' + re.escape(after) + b" *"),
         size,
-        [begins[name] // _STORED[encoding].itemsize for name in order],
-        [sorted(specs).index(name) for name in order],
+        [(*extents[name], index) for index, name in enumerate(sorted(specs))],
     )
 
 

@@ -150,6 +150,39 @@ def test_nothing_passes_that_decoding_refuses(encoding: str, data: st.DataObject
         assert norm_when_decoded(bytes(payload)) <= NORM * (1 + 1e-6)
 
 
+@given(
+    st.sampled_from(ENCODINGS),
+    st.dictionaries(
+        st.sampled_from("abcdef"),
+        st.sampled_from([(), (1,), (0,), (3, 0), (7,), (2, 3)]),
+        min_size=1,
+        max_size=5,
+    ),
+    st.integers(0, 2**32 - 1),
+)
+def test_the_norm_is_that_of_the_decoded_difference(
+    encoding: str, shapes: dict[str, tuple[int, ...]], seed: int
+) -> None:
+    generator = np.random.default_rng(seed)
+    specs = {name: TensorSpec("float32", shape) for name, shape in shapes.items()}
+    difference = {
+        name: np.asarray(10 ** generator.uniform(-6, 1) * generator.normal(size=shape), np.float32)
+        for name, shape in shapes.items()
+    }
+    update = Update("farm", 1, "north", "0" * 64, 20, 2, {}, difference)
+    payload = encode_update(update, encoding)
+    limits = Limits(10_000, 30, 1e6)
+    found = Screen(specs, limits, federation="farm", round_number=1, base="0" * 64, metrics=True).norm(
+        payload, "north"
+    )
+    decoded, _ = decode_update(payload, specs, 10_000)
+    expected = math.sqrt(
+        sum(float((value.astype(np.float64) ** 2).sum()) for value in decoded.difference.values())
+    )
+    assert found is not None
+    assert math.isclose(found, expected, rel_tol=1e-6, abs_tol=1e-30)
+
+
 def test_a_scale_that_decoding_rounds_up_brings_no_norm_past_its_limit() -> None:
     written = payload_of("int8", largest=1.0)
     length = int.from_bytes(written[:8], "little")
