@@ -183,6 +183,8 @@ def load_manifest(folder: Path) -> BundleManifest:
     for graph in manifest.graphs.values():
         if graph.file not in manifest.files:
             raise BundleError(f"{path}: {graph.file} has no digest in it; do not use this bundle")
+        if not graph.file.endswith(".onnx"):  # ONNX Runtime reads another format by another suffix
+            raise BundleError(f"{path}: the graph {graph.file} is no .onnx file; do not use this bundle")
     return manifest
 
 

@@ -4,13 +4,15 @@ ONNX Runtime up to 1.23.2 reads a tensor's external data wherever its location p
 A graph from somebody else could so read any file of this machine, and training would send what it read to the
 aggregator. So every graph passes :func:`check_external_data` before a session opens it.
 
+Where parsers could read a file differently, it is refused rather than understood: numbers beyond the 32 bits that a
+parser may keep of a field's key or of an enumeration, fields that are written twice and would be joined, groups.
+
 Sources: the message definitions of ``onnx.proto`` (field numbers, ``TensorProto.DataType``) and the protocol buffers
 encoding specification. Only what can hold a tensor is entered; weights are skipped, not read.
 """
 
 from __future__ import annotations
 
-import math
 import mmap
 import stat
 from collections.abc import Collection, Iterator
@@ -21,6 +23,8 @@ from fedmpt.protocol.errors import FedmptError
 from fedmpt.protocol.text import quoted
 
 MAXIMUM_DEPTH = 100  # of messages within messages, as in protobuf's own parsers
+MAXIMUM_FIELDS = 1_000_000  # in all messages that are entered; the largest train step has a tenth of that
+MAXIMUM_RANK, MAXIMUM_ENTRIES, MAXIMUM_NAME = 64, 16, 4096
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types; groups (3, 4) are in no ONNX file
 # message → number of a field that is a message → which message; nothing else leads to a tensor
 MESSAGES: dict[str, dict[int, str]] = {
@@ -32,8 +36,9 @@ MESSAGES: dict[str, dict[int, str]] = {
     "training": {1: "graph", 2: "graph"},
     "function": {7: "node", 11: "attribute"},
 }
+_REPEATED = {("graph", 1), ("graph", 5), ("graph", 15), ("node", 5), ("attribute", 10), ("attribute", 11)}
+_REPEATED |= {("attribute", 23), ("model", 20), ("model", 25), ("function", 7), ("function", 11)}
 _DIMS, _DATA_TYPE, _NAME, _EXTERNAL_DATA, _DATA_LOCATION = 1, 2, 8, 13, 14  # fields of a tensor
-_EXTERNAL = 1  # the value of data_location
 _BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 14: 64, 15: 128}
 _BITS |= {
     16: 16,
@@ -116,10 +121,15 @@ def _problem(folder: Path, tensor: ExternalTensor, files: Collection[str]) -> st
     numbers = [where.get("offset", "0"), where.get("length", "0")]
     if not all(number.isascii() and number.isdigit() and len(number) < 20 for number in numbers):
         return f"has offset {quoted(numbers[0])} and length {quoted(numbers[1])}, which are no sizes"
-    if tensor.data_type not in _BITS or any(size < 0 for size in tensor.shape):
-        return f"has external data of type {tensor.data_type} and shape {tensor.shape}, which have no size"
     offset, length = map(int, numbers)
-    end = offset + max(length, -(-math.prod(tensor.shape) * _BITS[tensor.data_type] // 8))
+    bits = _BITS.get(tensor.data_type, 0)
+    for size in tensor.shape:
+        bits *= size
+        if not 0 <= bits < 1 << 64:
+            break
+    if not (tensor.data_type in _BITS and 0 <= bits < 1 << 64):
+        return f"has external data of type {tensor.data_type} and a shape that have no size"
+    end = offset + max(length, -(-bits // 8))
     if end > status.st_size:
         return f"ends at byte {end} of {quoted(location)}, which has {status.st_size}; copy the files again"
     return ""
@@ -127,6 +137,7 @@ def _problem(folder: Path, tensor: ExternalTensor, files: Collection[str]) -> st
 
 def _tensors(data: mmap.mmap) -> Iterator[ExternalTensor]:
     waiting = [("model", 0, len(data), 0)]
+    count = 0
     while waiting:
         kind, start, end, depth = waiting.pop()
         if depth > MAXIMUM_DEPTH:
@@ -135,47 +146,51 @@ def _tensors(data: mmap.mmap) -> Iterator[ExternalTensor]:
             if (tensor := _tensor(data, start, end)) is not None:
                 yield tensor
             continue
-        within = MESSAGES[kind]
-        waiting += [
-            (within[number], first, last, depth + 1)
-            for number, wire, first, last in _fields(data, start, end)
-            if wire == _BYTES and number in within
-        ]
+        within, seen = MESSAGES[kind], set()
+        for number, wire, first, last in _fields(data, start, end):
+            count += 1
+            if count > MAXIMUM_FIELDS:
+                raise ValueError(f"more than {MAXIMUM_FIELDS} fields")
+            if wire == _BYTES and number in within:
+                if number in seen and (kind, number) not in _REPEATED:
+                    raise ValueError(f"byte {first}: a field that is written twice")
+                seen.add(number)
+                waiting.append((within[number], first, last, depth + 1))
 
 
 def _tensor(data: mmap.mmap, start: int, end: int) -> ExternalTensor | None:
-    """The tensor if anything in it says that its data are external, else None.
-
-    A message may be written in pieces that a parser joins, so that either sign alone is enough.
-    """
+    """The tensor if anything in it says that its data are external, else None."""
     name, data_type, external = "", 0, False
     shape: list[int] = []
     entries: list[tuple[str, str]] = []
     for number, wire, first, last in _fields(data, start, end):
         if (number, wire) == (_NAME, _BYTES):
-            name = data[first:last].decode("utf-8", "replace")
+            name = data[first : min(last, first + MAXIMUM_NAME)].decode("utf-8", "replace")
         elif (number, wire) == (_DATA_TYPE, _VARINT):
             data_type = _varint(data, first, last)[0]
         elif (number, wire) == (_DIMS, _VARINT):
             shape.append(_signed(_varint(data, first, last)[0]))
         elif (number, wire) == (_DIMS, _BYTES):
-            while first < last:
+            while first < last and len(shape) <= MAXIMUM_RANK:
                 size, first = _varint(data, first, last)
                 shape.append(_signed(size))
         elif (number, wire) == (_EXTERNAL_DATA, _BYTES):
             entries.append(_entry(data, first, last))
         elif (number, wire) == (_DATA_LOCATION, _VARINT):
-            external = external or _varint(data, first, last)[0] == _EXTERNAL
+            external = external or _varint(data, first, last)[0] != 0
+        if len(shape) > MAXIMUM_RANK or len(entries) > MAXIMUM_ENTRIES:
+            raise ValueError(f"byte {first}: more dimensions or entries than a tensor has")
     return ExternalTensor(name, data_type, tuple(shape), tuple(entries)) if external or entries else None
 
 
 def _entry(data: mmap.mmap, start: int, end: int) -> tuple[str, str]:
-    """Key and value of a StringStringEntryProto; of a field that is written twice the last counts."""
-    texts = {
-        number: data[first:last].decode("utf-8", "replace")
-        for number, wire, first, last in _fields(data, start, end)
-        if wire == _BYTES
-    }
+    """Key and value of a StringStringEntryProto."""
+    texts: dict[int, str] = {}
+    for number, wire, first, last in _fields(data, start, end):
+        if number in texts or last - first > MAXIMUM_NAME:
+            raise ValueError(f"byte {first}: a field that is written twice or too long")
+        if wire == _BYTES:
+            texts[number] = data[first:last].decode("utf-8", "replace")
     return texts.get(1, ""), texts.get(2, "")
 
 
@@ -183,6 +198,8 @@ def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, i
     """Number, wire type and extent in bytes (of the content, without its length) of each field of a message."""
     while start < end:
         key, start = _varint(data, start, end)
+        if key > 0xFFFFFFFF:
+            raise ValueError(f"byte {start}: a key of more than 32 bits")
         number, wire = key >> 3, key & 7
         if wire == _BYTES:
             length, start = _varint(data, start, end)

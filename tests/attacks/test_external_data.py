@@ -210,27 +210,97 @@ def test_a_place_that_is_named_twice_is_refused(tmp_path, secret):
         open_session(path, "cpu", files=["weights.bin"])
 
 
-def test_a_tensor_written_in_pieces_hides_nothing(tmp_path, secret):
-    """Protobuf joins the pieces of one field: each says half of what makes a tensor external."""
-    first, second = external(secret), TensorProto(data_location=TensorProto.EXTERNAL)
-    first.ClearField("data_location")
-    attribute = helper.make_attribute("value", first).SerializeToString()
-    piece = second.SerializeToString()
-    whole = onnx.AttributeProto()
-    whole.ParseFromString(attribute + bytes([0x2A, len(piece)]) + piece)  # field 5, the tensor, once more
-    assert whole.t.data_location == TensorProto.EXTERNAL
-    assert whole.t.external_data[0].value == str(secret)
-    node = helper.make_node("Constant", [], ["stolen"]).SerializeToString()
-    parts = attribute + bytes([0x2A, len(piece)]) + piece
-    node += b"\x2a" + varint(len(parts)) + parts
-    graph = model([]).graph.SerializeToString()
-    graph = b"\x0a" + varint(len(node)) + node + graph
+def field(number, content, high=0):
+    """A length-delimited field, its key with bits beyond 32 where wanted, which a parser may drop."""
+    return varint(number << 3 | 2 | high << 32) + varint(len(content)) + content
+
+
+def raw_model(tmp_path, tensor_content, extra=b"", high=0):
+    """A model with one initializer of these bytes, and what else its graph is to hold."""
+    graph = model([]).graph.SerializeToString() + field(5, tensor_content, high) + extra
     made = model([])
     made.ClearField("graph")
     path = tmp_path / "graph.onnx"
-    path.write_bytes(made.SerializeToString() + b"\x3a" + varint(len(graph)) + graph)
-    assert onnx.load(path, load_external_data=False).graph.node[0].attribute[0].t.external_data
-    with pytest.raises(OnnxFileError, match="wants its data from the file"):
+    path.write_bytes(made.SerializeToString() + field(7, graph))
+    return path
+
+
+def opened_by_onnx_runtime(path):
+    """What a session of the model gives, unchecked; None if ONNX Runtime does not open it."""
+    onnxruntime = import_onnxruntime()
+    try:
+        return (
+            onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+            .run(None, {})[0]
+            .tobytes()
+        )
+    except Exception:
+        return None
+
+
+@pytest.mark.parametrize("part", ["external_data", "data_location", "initializer", "value", "enumeration"])
+@pytest.mark.parametrize("high", [1, 7])
+def test_bits_that_a_parser_drops_hide_nothing(tmp_path, part, high):
+    """ONNX Runtime keeps 32 bits of a key and of an enumeration: with more, another field seems to be meant."""
+    (tmp_path / "beside.bin").write_bytes(SECRET)
+    hidden = {
+        name: high if part == name else 0
+        for name in ("external_data", "data_location", "initializer", "value")
+    }
+    entry = field(1, b"location") + field(2, b"beside.bin", hidden["value"])
+    location = 1 | (high << 32 if part == "enumeration" else 0)
+    content = TensorProto(name="stolen", data_type=TensorProto.UINT8, dims=SHAPE).SerializeToString()
+    content += field(13, entry, hidden["external_data"])
+    content += varint(14 << 3 | hidden["data_location"] << 32) + varint(location)
+    path = raw_model(tmp_path, content, high=hidden["initializer"])
+    assert opened_by_onnx_runtime(path) in (None, SECRET)
+    with pytest.raises(OnnxFileError):
+        check_external_data(path)
+
+
+def test_the_tests_own_writer_makes_what_onnx_runtime_reads(tmp_path):
+    (tmp_path / "beside.bin").write_bytes(SECRET)
+    path = raw_model(tmp_path, external("beside.bin").SerializeToString())
+    assert opened_by_onnx_runtime(path) == SECRET
+    check_external_data(path, ["beside.bin"])
+    with pytest.raises(OnnxFileError, match="tensor 'stolen' wants its data"):
+        check_external_data(path)
+
+
+def test_fields_that_a_parser_would_join_are_refused(tmp_path, secret):
+    first, second = external(secret), TensorProto(data_location=TensorProto.EXTERNAL)
+    first.ClearField("data_location")
+    attribute = helper.make_attribute("value", first).SerializeToString() + field(
+        5, second.SerializeToString()
+    )
+    whole = onnx.AttributeProto()
+    whole.ParseFromString(attribute)
+    assert whole.t.data_location == TensorProto.EXTERNAL
+    assert whole.t.external_data[0].value == str(secret)
+    node = helper.make_node("Constant", [], ["stolen"]).SerializeToString() + field(5, attribute)
+    graph = model([]).graph.SerializeToString() + field(1, node)
+    made = model([])
+    made.ClearField("graph")
+    path = tmp_path / "graph.onnx"
+    path.write_bytes(made.SerializeToString() + field(7, graph))
+    with pytest.raises(OnnxFileError, match="written twice"):
+        check_external_data(path)
+
+
+def test_a_shape_of_giants_is_refused_in_words(tmp_path):
+    (tmp_path / "weights.bin").write_bytes(SECRET)
+    for dims in ([2**62 + 1] * 60, [2**62 + 1] * 300):
+        tensor = external("weights.bin")
+        tensor.ClearField("dims")
+        tensor.dims.extend(dims)
+        with pytest.raises(OnnxFileError):
+            check_external_data(saved(tmp_path, as_initializer(tensor)), ["weights.bin"])
+
+
+def test_a_file_of_countless_fields_is_refused_soon(tmp_path):
+    path = tmp_path / "graph.onnx"
+    path.write_bytes(b"\x08\x01" * 3_000_000)
+    with pytest.raises(OnnxFileError, match="more than 1000000 fields"):
         check_external_data(path)
 
 
@@ -294,6 +364,15 @@ def test_a_tagger_reads_no_other_file_not_even_beside_it(tmp_path, secret):
     (path.parent / "photo.jpg").write_bytes(SECRET)
     with pytest.raises(SessionError, match=r"'photo\.jpg', but no other file may be read"):
         Tagger.load(path, "cpu")
+
+
+def test_a_graph_of_another_suffix_is_none_of_a_bundle(bundle):
+    value = json.loads((bundle / "manifest.json").read_text())
+    value["graphs"]["head"]["file"] = "head.ort"
+    value["files"]["head.ort"] = value["files"]["head.onnx"]
+    (bundle / "manifest.json").write_text(json.dumps(value))
+    with pytest.raises(Exception, match=r"the graph head\.ort is no \.onnx file"):
+        load_manifest(bundle)
 
 
 def test_a_graph_without_a_digest_is_none_of_the_bundle(bundle):
