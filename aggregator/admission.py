@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from fedmpt.aggregator.norms import UNLIMITED, NormLimit
 from fedmpt.aggregator.privacy import l2_norm
 from fedmpt.protocol.codec import CodecError, decode_update
 from fedmpt.protocol.manifest import TensorSpec
@@ -44,7 +43,6 @@ class AdmissionContext:
     trainable: Mapping[str, TensorSpec]
     limits: Limits
     metrics: bool
-    norm: NormLimit = UNLIMITED  # by earlier rounds; ``limits`` has the operator's own
 
     @cached_property
     def screen(self) -> Screen:
@@ -78,8 +76,7 @@ def admit(payload: bytes, client: str, context: AdmissionContext) -> Admitted | 
     """Check an update that arrived on ``client``'s topic of the open round."""
     if client not in context.chosen:
         return Refused("chosen", f"{client} is not among the {len(context.chosen)} clients of this round")
-    norm = context.screen.norm(payload, client)
-    if norm is not None and norm <= context.norm.value:
+    if (norm := context.screen.norm(payload, client)) is not None:
         return Admitted(norm)
     try:
         update, _ = decode_update(payload, context.trainable, context.limits.update_bytes)
@@ -103,12 +100,8 @@ def admit(payload: bytes, client: str, context: AdmissionContext) -> Admitted | 
     if update.metrics and not context.metrics:
         return Refused("metrics", "this federation does not collect metrics; send none")
     norm = l2_norm(update.difference)
-    limit = min(NormLimit(context.limits.norm, ""), context.norm, key=lambda limit: limit.value)
-    if norm > limit.value:
-        return Refused("norm", over(norm, limit))
+    if norm > context.limits.norm:
+        return Refused(
+            "norm", f"its L2 norm is {norm:.6g}, but at most {context.limits.norm:.6g} is accepted"
+        )
     return Admitted(norm)
-
-
-def over(norm: float, limit: NormLimit) -> str:
-    """Why an update is too long."""
-    return f"its L2 norm is {norm:.6g}, but at most {limit.value:.6g} is accepted{limit.reason}"

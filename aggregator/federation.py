@@ -5,18 +5,20 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import heapq
 import logging
+import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Set
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from fedmpt.aggregator.admission import AdmissionContext, Admitted, Refused, admit, over
-from fedmpt.aggregator.norms import NormLimit, limit_by_history, limit_by_round, longest_honest, lower_median
-from fedmpt.aggregator.privacy import epsilon, privatise
+import numpy as np
+
+from fedmpt.aggregator.admission import AdmissionContext, Admitted, Refused, admit
+from fedmpt.aggregator.norms import NormLimit, lower_median, norm_limit
+from fedmpt.aggregator.privacy import epsilon, l2_norm, privatise
 from fedmpt.aggregator.rounds import (
     first_round,
     following_round,
@@ -30,7 +32,15 @@ from fedmpt.aggregator.settings import FederationSettings, manifest_message
 from fedmpt.aggregator.store import Store
 from fedmpt.aggregator.strategies import Contribution, aggregate, apply_step
 from fedmpt.aggregator.summary import RoundSummary
-from fedmpt.protocol.codec import State, decode_state, decode_update, encode_state, state_digest
+from fedmpt.protocol.codec import (
+    CodecError,
+    State,
+    Update,
+    decode_state,
+    decode_update,
+    encode_state,
+    state_digest,
+)
 from fedmpt.protocol.manifest import BundleManifest, TensorSpec
 from fedmpt.protocol.messages import (
     MessageError,
@@ -96,7 +106,8 @@ class Federation:
         self.topics = Topics(settings.name)
         self._store = store
         self._present: set[str] = set()
-        self._left: set[str] = set()  # stopped, and not expected back
+        self._away: set[str] = set()  # said, or their last will did, that they are offline
+        self._left: set[str] = set()  # of these: stopped, and not expected back
         self._refused: dict[str, str] = {}  # of the chosen: whose update was refused, and by which check
         self._refusals: dict[str, int] = {}
         self._repeats: dict[str, int] = {}
@@ -119,11 +130,9 @@ class Federation:
         self.round, self._payload, self._memory = loaded
         self.state = decode_state(self._payload, bundle.state, "the store's state")
         self.digest = state_digest(self.state)
-        past = store.history()
-        self._lengths: dict[str, float] = functools.reduce(longest_honest, past, {})
         self._admission = self._context()
         self._received = {client: self._taken(client, payload) for client, payload in store.updates()}
-        if past:
+        if past := store.history():
             self._latest_metrics = past[-1].get("metrics", {})
 
     @property
@@ -143,7 +152,6 @@ class Federation:
         topic, number = self.topics.presence(client), self.round.number
         if not payload:
             self._present.discard(client)
-            self._left.discard(client)
             return None
         try:
             message = from_json(Presence, payload, topic)
@@ -153,12 +161,13 @@ class Federation:
             return self._refuse(
                 client, number, _sha256(payload), "identity", f"{topic}: it speaks for {message.client}"
             )
-        returned = client in self._left
+        returned = client in self._away
         self._left.discard(client)
         if not message.online:
             self._present.discard(client)
-            if message.left and len(self._left) < MAXIMUM_CLIENTS:
-                self._left.add(client)
+            if len(self._away) < MAXIMUM_CLIENTS:
+                self._away.add(client)
+                self._left |= {client} if message.left else set()
         elif message.bundle != self.manifest.bundle:
             return self._refuse(
                 client,
@@ -171,14 +180,14 @@ class Federation:
             )
         elif len(self._present) < MAXIMUM_CLIENTS:
             self._present.add(client)
+            self._away.discard(client)
             if returned:  # started anew, it may do better
                 self._refused.pop(client, None)
         return None
 
     def reconnected(self) -> None:
-        """Forget who is online, left and repeated: over a new connection the broker says it all again."""
+        """Forget who is online and who repeated: over a new connection the broker says it all again."""
         self._present.clear()
-        self._left.clear()
         self._repeats.clear()
 
     def examine(self, topic: str, payload: bytes) -> Examined | None:
@@ -217,7 +226,8 @@ class Federation:
         else:
             verdict = admit(payload, client, self._admission)
         if isinstance(verdict, Refused):
-            if client in self._admission.chosen:
+            # Of an earlier state: the client may not have seen the round's yet, and will answer that.
+            if client in self._admission.chosen and verdict.check != "base":
                 self._refused[client] = verdict.check
             return self._refuse(client, number, update, verdict.check, verdict.reason)
         self._store.add_update(client, payload, sha256)
@@ -236,21 +246,18 @@ class Federation:
         """Open, close or renew the round as it is due at ``now``; what is to be published for that."""
         before, receipts = self.round, []
         if self.round.opened is not None:
-            if self._should_close(now):
-                receipts = self._drop_long()
-            silent = self._silent()
-            if self._should_close(now):
-                self._close(now)
+            received, silent = len(self._received), self._silent()
+            gone = len(silent - self._muted_clients())
+            if should_close(self.round, self.settings.rounds, received, len(silent), now):
+                receipts = self._close(now)
             elif is_overdue(self.round, now):
                 self._renew("no update came", now)
                 self._forgive()
-            elif is_exhausted(
-                self.round, len(self._received), len(silent), len(silent - self._muted_clients())
-            ):
+            elif is_exhausted(self.round, received, len(silent), gone):
                 # Nobody is forgiven, or the same clients would be chosen and muted over and over.
                 self._renew(f"nobody is left to wait for: {self._unawaited()}", now)
-        if self.round.opened is None and not self.finished:
-            eligible = self._present.difference(self._muted_clients(), self._refused)
+        if self.round.opened is None and not self.finished and self._hopeful():
+            eligible = self._present - self._muted_clients()
             opened = open_round(self.round, self.settings.rounds, eligible, now)
             if opened is not self.round:
                 self.round = opened
@@ -263,6 +270,10 @@ class Federation:
             return receipts
         self._admission = self._context()
         return [*receipts, *self._round_messages()]
+
+    def _hopeful(self) -> bool:
+        """Whether anybody is present whose update can still be expected."""
+        return not self._present.issubset(self._muted_clients().union(self._refused))
 
     def retained(self) -> list[Outgoing]:
         """Every retained topic, to be published whenever the connection is made."""
@@ -314,17 +325,17 @@ class Federation:
         if self.finished:
             return ""
         if self.round.opened is None:
-            eligible = self._present.difference(self._muted_clients(), self._refused)
-            missing = self.settings.rounds.clients_min - len(eligible)
-            if missing <= 0:
+            muted = self._muted_clients()
+            missing = self.settings.rounds.clients_min - len(self._present - muted)
+            if missing <= 0 and not (refused := self._refused.keys() - muted):
                 return ""
+            if missing <= 0:
+                return f"waiting for others than those whose update was refused: {_some(refused)}"
             text = f"waiting for {missing} more client{'s' if missing > 1 else ''} to begin"
-            if muted := self._muted_clients():
+            if muted:
                 text += (
                     f", without those muted until a round ends or the aggregator is restarted: {_some(muted)}"
                 )
-            if refused := self._refused.keys() - self._muted_clients():
-                text += f", without those whose update was refused: {_some(refused)}"
             return text
         awaited = self._admission.chosen.difference(self._received, self._silent())
         here, absent = awaited & self._present, awaited - self._present
@@ -376,55 +387,37 @@ class Federation:
             trainable=self.trainable,
             limits=self.manifest.limits,
             metrics=self.settings.metrics,
-            norm=limit_by_history(self._norm_factor, self.round.phase, self._lengths),
         )
-
-    @property
-    def _norm_factor(self) -> float:
-        return 0.0 if self.settings.privacy else self.settings.norm_factor
 
     def _taken(self, client: str, payload: bytes) -> _Taken:
         """What the store has of a client in the open round."""
-        verdict = admit(payload, client, self._admission)
-        # An update that counts no more (the operator has set other limits) is looked at again when the round closes.
-        norm = verdict.norm if isinstance(verdict, Admitted) else 0.0
+        norm = self._admission.screen.norm(payload, client)
+        if norm is None:
+            try:
+                update, _ = decode_update(payload, self.trainable, self.manifest.limits.update_bytes)
+                norm = l2_norm(update.difference)
+            except CodecError:  # an earlier release took it; it is dropped when the round closes
+                norm = 0.0
         return _Taken(_sha256(payload), norm)
-
-    def _should_close(self, now: float) -> bool:
-        return should_close(self.round, self.settings.rounds, len(self._received), len(self._silent()), now)
-
-    def _drop_long(self) -> list[Outgoing]:
-        """Leave out the updates that are too long beside the others; their receipts.
-
-        All are judged together when the round is to close, so that the order of their arrival changes nothing.
-        """
-        limit = limit_by_round(self._norm_factor, [taken.norm for taken in self._received.values()])
-        long = {client: taken for client, taken in self._received.items() if taken.norm > limit.value}
-        receipts = [self._drop(client, taken, limit) for client, taken in sorted(long.items())]
-        return [
-            Outgoing(self.topics.receipt(receipt.client), to_json(receipt), retain=False)
-            for receipt in receipts
-            if receipt is not None
-        ]
-
-    def _drop(self, client: str, taken: _Taken, limit: NormLimit) -> Receipt | None:
-        self._store.drop_update(client)
-        del self._received[client]
-        self._refused[client] = "norm"
-        return self._refuse(client, self.round.number, taken.sha256, "norm", over(taken.norm, limit))
 
     def _renew(self, reason: str, now: float) -> None:
         logger.warning("round renewed", extra={"round": self.round.number, "reason": reason})
         self.round = renewed_round(self.round, now)
         self._store.save_round(self.round)
 
-    def _close(self, now: float) -> None:
+    def _close(self, now: float) -> list[Outgoing]:
         """Aggregate the round's updates and make the next round's state durable, in one transaction.
 
-        An update that cannot be used after all is dropped instead, and the round stays open.
+        An update that cannot be used after all is dropped instead, and the round stays open. The receipts of those
+        that were scaled down are returned.
         """
+        factor = 0.0 if self.settings.privacy else self.settings.norm_factor
+        norms = [taken.norm for taken in self._received.values()]
+        limit = norm_limit(factor, norms, l2_norm(self.state), self.round.phase == "calibrate")
+        long = {client: taken for client, taken in self._received.items() if taken.norm > limit.value}
+        number = self.round.number
         try:
-            self._aggregate(now)
+            self._aggregate(now, limit)
         except _UnusableUpdate as error:
             client = error.client
             logger.error(
@@ -434,8 +427,17 @@ class Federation:
             self._store.drop_update(client)
             del self._received[client]
             self._refusals[client] = self.settings.refusals + 1
+            return []
+        return [self._scaled(client, number, taken, limit) for client, taken in sorted(long.items())]
 
-    def _aggregate(self, now: float) -> None:
+    def _scaled(self, client: str, number: int, taken: _Taken, limit: NormLimit) -> Outgoing:
+        """Tell a client that its update counted for less than it says."""
+        reason = f"its L2 norm is {taken.norm:.6g}, but it counts with {limit.value:.6g}, {limit.reason}"
+        logger.warning("update scaled down", extra={"client": client, "round": number, "reason": reason})
+        receipt = self._receipt(client, number, taken.sha256, "accepted", "norm", reason)
+        return Outgoing(self.topics.receipt(client), to_json(receipt), retain=False)
+
+    def _aggregate(self, now: float, limit: NormLimit) -> None:
         closing, base = self.round, self.digest
         calibrating = closing.phase == "calibrate"
         summary = RoundSummary()
@@ -449,7 +451,7 @@ class Federation:
                 except Exception as error:
                     # It was admitted, so this is a mistake of ours, and it must not stop the federation.
                     raise _UnusableUpdate(client) from error
-                yield Contribution(client, update.samples, update.difference)
+                yield Contribution(client, update.samples, self._bounded(client, update, limit))
 
         if self.settings.privacy:
             differences = (item.difference for item in contributions())
@@ -481,13 +483,20 @@ class Federation:
         if not self.settings.privacy:
             history["samples"] = summary.samples
             history["validation_samples"] = summary.validation_samples
-            norms = sorted(taken.norm for taken in self._received.values())
-            history["norms"] = {"median": lower_median(norms), "largest": norms[-1]}
+            norms = {client: taken.norm for client, taken in self._received.items()}
+            long = Counter({client: norm for client, norm in norms.items() if norm > limit.value})
+            history["norms"] = {
+                "median": lower_median(sorted(norms.values())),
+                "largest": max(norms.values()),
+            }
+            if math.isfinite(limit.value):
+                history["norms"]["limit"] = limit.value
+            history["scaled"] = dict(long.most_common(LISTED_REFUSALS))
         else:
             history["epsilon"] = epsilon(self.settings.privacy, len(self._store.history()) + 1)
         self._store.close_round(self.round, self._payload, self._memory, history)
-        self._lengths = longest_honest(self._lengths, history)
         self._received.clear()
+        self._refused.clear()
         self._forgive()
         logger.info(
             "round closed",
@@ -510,8 +519,19 @@ class Federation:
         silent = self._left.union(self._muted_clients(), self._refused)
         return {client for client in self._admission.chosen & silent if client not in self._received}
 
+    def _bounded(self, client: str, update: Update, limit: NormLimit) -> State:
+        """The difference of an update as it counts."""
+        scale = limit.scale(self._received[client].norm)
+        if scale == 1.0:
+            return update.difference
+        return {
+            name: np.float32(scale * value.astype(np.float64)) for name, value in update.difference.items()
+        }
+
     def _forgive(self) -> None:
-        self._refused.clear()
+        """Hear those again who were muted; who was refused less often has no other update and stays unawaited."""
+        for client in self._muted_clients():
+            self._refused.pop(client, None)
         self._refusals.clear()
         self._repeats.clear()
 

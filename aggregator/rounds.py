@@ -125,10 +125,10 @@ def should_close(state: RoundState, settings: RoundSettings, received: int, sile
 def is_exhausted(state: RoundState, received: int, silent: int, gone: int = 0) -> bool:
     """Whether the open round waits in vain: all chosen clients are ``silent``.
 
-    A deadline is waited for, since it forgives those who are muted; but not if others are ``gone`` (have left, or were
+    A deadline is waited for, since it forgives those who are muted; but not if all are ``gone`` (have left, or were
     refused): somebody else may take their place.
     """
-    return received == 0 and silent >= len(state.chosen) and (state.deadline is None or gone > 0)
+    return received == 0 and silent >= len(state.chosen) and (state.deadline is None or gone >= silent)
 
 
 def is_overdue(state: RoundState, now: float) -> bool:

@@ -28,9 +28,10 @@ class FederationSettings:
     """``refusals`` is how many a client may collect in a round before it is muted until the round ends.
 
     ``encoding`` is how clients send their updates; ``metrics`` whether they are asked for validation metrics.
-    ``update_bytes`` None takes the size of the state in float32; ``norm`` bounds a difference's L2 norm, and so does
-    ``norm_factor`` times the round's median (0: off; see :mod:`fedmpt.aggregator.norms`). With privacy the latter is
-    off: updates are clipped, and whose update counts must not depend on the others.
+    ``update_bytes`` None takes the size of the state in float32; ``norm`` bounds a difference's L2 norm. An update
+    that is longer than ``norm_factor`` times the round's median is scaled down to that (0: off; see
+    :mod:`fedmpt.aggregator.norms`). With privacy this is off: updates are clipped, and what one counts for must not
+    depend on the others.
     """
 
     name: str

@@ -7,8 +7,9 @@ repeats the closed rounds for people and reports, one JSON object a line:
 ``round``, ``phase``, ``opened`` and ``closed`` (Unix seconds), ``seconds``, ``chosen`` and ``received`` (numbers
 of clients), ``refused`` and ``refusals`` (in all, and by client: the 100 with the most), ``bytes`` (payload bytes by
 client), ``metrics`` (of the round's *base* state, means weighted by validation photos), ``base`` and ``state``
-(digests before and after), ``samples``, ``validation_samples`` and ``norms`` (``median`` and ``largest`` of the
-updates that counted); with differential privacy ``epsilon`` in place of these three.
+(digests before and after), ``samples``, ``validation_samples``, ``norms`` (``median`` and ``largest`` of the updates,
+and the ``limit`` to which longer ones were scaled down, absent if there was none) and ``scaled`` (by client: the norm
+that was scaled down, of the 100 longest); with differential privacy ``epsilon`` in place of these four.
 """
 
 from __future__ import annotations

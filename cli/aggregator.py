@@ -174,8 +174,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=NORM_FACTOR,
         metavar="F",
-        help="leave out updates whose norm is more than F times the round's median, once three are in, or what earlier "
-        "rounds suggest; 0: off (%(default)s)",
+        help="scale down updates whose norm is more than F times the round's median (of fewer than three, the state's "
+        "norm); 0: off (%(default)s)",
     )
     updates.add_argument(
         "--max-refusals",

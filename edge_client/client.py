@@ -119,7 +119,7 @@ def run_client(
         state = client.run()
         if state is not None:
             on_finished(state)
-            files.end_run()
+            files.end_run(site.federation)
         return state
 
 
@@ -210,12 +210,14 @@ class _Client:
         self.report("joined", {"method": manifest.method, "rounds": manifest.training.rounds})
 
     def _check_receipt(self) -> None:
-        """Heed that an update which was accepted is left out after all: it is too long beside the others."""
-        if self.answered is None or self.last_receipt is None or self.last_receipt.status == "rejected":
+        """Tell of an update that counted for less than it says: it was long beside the others."""
+        if self.last_receipt is None:
             return
         later = self.inbox.receipt(self.last_receipt.update)
-        if later is not None and later.status == "rejected":
-            self._note_answer(self.answered[0], None, later)
+        if later is not None and later.reason and later != self.last_receipt:
+            self.last_receipt = later
+            self._report_receipt(later)
+            logger.warning("round %d: %s", later.round, later.reason)
 
     def _work(self, task: Task) -> Work:
         setup = canonical_json([dataclasses.asdict(task.manifest), self.site.fingerprint])
@@ -309,23 +311,16 @@ class _Client:
     def _finish(self, task: Task, work: Work, receipt: Receipt) -> None:
         # A round that is announced again may come from an aggregator that has lost our update, so it gets it
         # again (a duplicate changes nothing); what was refused once would be refused again.
-        announcement = None if receipt.status == "rejected" else task.announcement
-        self._note_answer(work, announcement, receipt)
-
-    def _note_answer(self, work: Work, announcement: int | None, receipt: Receipt) -> None:
-        self.answered, self.last_receipt = (work, announcement), receipt
-        self.report(
-            "receipt",
-            {
-                "round": receipt.round,
-                "status": receipt.status,
-                "check": receipt.check,
-                "reason": receipt.reason,
-            },
-        )
+        self.answered = (work, None if receipt.status == "rejected" else task.announcement)
+        self.last_receipt = receipt
+        self._report_receipt(receipt)
         if receipt.status == "rejected":
             logger.error("round %d: update refused (%s): %s", receipt.round, receipt.check, receipt.reason)
             self.files.discard_update(work)
+
+    def _report_receipt(self, receipt: Receipt) -> None:
+        facts = {name: getattr(receipt, name) for name in ("round", "status", "check", "reason")}
+        self.report("receipt", facts)
 
     def _is_wanted(self, task: Task) -> bool:
         return not self.stop.is_set() and self.inbox.is_open(task.round)

@@ -16,6 +16,7 @@ from fedmpt.protocol.topics import Topics
 logger = logging.getLogger(__name__)
 
 RECEIPTS_KEPT = 16
+RUNS_KEPT = 4
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Inbox:
         self._specs = specs
         self._changed = threading.Condition()
         self._manifest: Manifest | None = None
-        self._round: Round | None = None
+        self._rounds: dict[str, Round] = {}  # the latest of each run
         self._announcements = 0
         self._states: dict[str, State] = {}  # by digest
         self._digest_of_round: dict[int, str] = {}
@@ -82,9 +83,8 @@ class Inbox:
     def phase(self) -> str | None:
         """The phase of the manifest's run, once its round is here; that may be of another bundle than this site's."""
         with self._changed:
-            if self._manifest is None or self._round is None or self._round.run != self._manifest.run:
-                return None
-            return self._round.phase
+            opened = self._current()
+            return None if opened is None else opened.phase
 
     def task(self) -> Task | None:
         """The open round, once manifest, round and its state are all here; raises like :meth:`manifest`.
@@ -93,17 +93,15 @@ class Inbox:
         """
         with self._changed:
             self._raise()
-            if self._manifest is None or self._round is None or self._round.state not in self._states:
+            opened = self._current()
+            if self._manifest is None or opened is None or opened.state not in self._states:
                 return None
-            if self._round.run != self._manifest.run:
-                return None
-            state = self._states[self._round.state]
-            return Task(self._manifest, self._round, state, self._announcements)
+            return Task(self._manifest, opened, self._states[opened.state], self._announcements)
 
     def is_open(self, opened: Round) -> bool:
         """Whether this round still is the one to work on."""
         with self._changed:
-            current = self._round
+            current = self._current()
             return current is not None and (current.run, current.round, current.phase, current.state) == (
                 opened.run,
                 opened.round,
@@ -127,6 +125,10 @@ class Inbox:
         with self._changed:
             self._changed.wait_for(lambda: self._version != seen, seconds)
 
+    def _current(self) -> Round | None:
+        """The round of the manifest's run."""
+        return None if self._manifest is None else self._rounds.get(self._manifest.run)
+
     def _notify(self) -> None:
         self._version += 1
         self._changed.notify_all()
@@ -144,15 +146,20 @@ class Inbox:
         elif topic == self._topics.manifest:
             manifest = from_json(Manifest, payload, topic)
             self._require_federation(manifest.federation, topic)
+            if self._manifest is not None and manifest.run != self._manifest.run:
+                self._receipts.clear()  # the same bytes may be an update of the new run, too
             self._manifest = manifest
         elif topic == self._topics.round:
             opened = from_json(Round, payload, topic)
             self._require_federation(opened.federation, topic)
-            known = self._round
-            if known is not None and opened.run == known.run and opened.edition < known.edition:
-                return  # its successor overtook it
-            self._round = opened
-            self._announcements += 1
+            known = self._rounds.pop(opened.run, None)
+            if known is not None and opened.edition < known.edition:
+                opened = known  # its successor overtook it
+            else:
+                self._announcements += 1
+            self._rounds[opened.run] = opened
+            while len(self._rounds) > RUNS_KEPT:
+                del self._rounds[next(iter(self._rounds))]
         elif topic == self._topics.receipt(self._client):
             receipt = from_json(Receipt, payload, topic)
             self._receipts[receipt.update] = receipt

@@ -176,6 +176,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _is_ours(self) -> bool:
         """Refuse what another web site sent through the visitor's browser."""
+        if self.headers.defects or len(self.headers.get_all("Host", [])) > 1:
+            self._fail(HTTPStatus.BAD_REQUEST, "the request cannot be read")
+            return False
         host = self.headers.get("Host", "")
         if self.loopback and host.partition(":")[0] not in LOOPBACK:
             self._fail(HTTPStatus.FORBIDDEN, "this page is served to this machine only")

@@ -1,8 +1,8 @@
 """What a client keeps on disk, so that a restart costs at most the epoch in flight.
 
 The folder holds ``checkpoint-<key>.safetensors`` (a round in training), ``update-<key>.safetensors`` (the last
-finished update), ``run.json`` (the run that this client takes part in) and ``lock``. The key is a digest of all that
-the work depends on, so that a file is either exactly the wanted one or not looked at.
+finished update), ``run-<federation>`` (the run in which this client takes part) and ``lock``. The key is a digest of
+all that the work depends on, so that a file is either exactly the wanted one or not looked at.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from fedmpt.protocol.codec import CodecError, load_provenance, save_state, state
 from fedmpt.protocol.errors import FedmptError
 from fedmpt.protocol.files import write_atomically
 from fedmpt.protocol.manifest import canonical_json
-
-RUN = "run.json"
 
 
 class SiteStateError(FedmptError):
@@ -130,18 +128,21 @@ class SiteState:
     def join_run(self, federation: str, run: str) -> None:
         """Note that this client takes part in a run, so that it knows its end from an earlier run's."""
         if not self.is_in_run(federation, run):
-            write_atomically(self._folder / RUN, canonical_json({"federation": federation, "run": run}))
+            write_atomically(self._run_file(federation), run)
 
     def is_in_run(self, federation: str, run: str) -> bool:
         """Whether this client takes part in a run, and has not been told its end."""
         try:
-            return (self._folder / RUN).read_bytes() == canonical_json({"federation": federation, "run": run})
+            return self._run_file(federation).read_bytes() == run.encode()
         except OSError:
             return False
 
-    def end_run(self) -> None:
+    def end_run(self, federation: str) -> None:
         """Note that the run is over."""
-        (self._folder / RUN).unlink(missing_ok=True)
+        self._run_file(federation).unlink(missing_ok=True)
+
+    def _run_file(self, federation: str) -> Path:
+        return self._folder / f"run-{federation}"
 
     def _path(self, kind: str, work: Work) -> Path:
         return self._folder / f"{kind}-{work.key}.safetensors"

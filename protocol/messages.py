@@ -107,7 +107,8 @@ class Round:
 class Receipt:
     """The aggregator's answer to an update: ``check`` names the failed check, ``reason`` its limit.
 
-    ``update`` is the SHA-256 of the payload that it answers.
+    A second one comes when a round closes and an accepted update was scaled down for its length. ``update`` is the
+    SHA-256 of the payload that it answers.
     """
 
     federation: str

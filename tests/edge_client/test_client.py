@@ -472,20 +472,32 @@ def test_a_stopped_client_says_that_it_has_left(hub, start, site, initial):
     assert hub.wait_for_presence(False).left
 
 
-def test_an_update_that_is_left_out_after_all_is_told(hub, start, initial, caplog):
+def test_an_update_that_counted_for_less_is_told(hub, start, initial, caplog):
     hub.announce()
     hub.open_round(1, initial)
     client = start()
     (payload,) = hub.wait_for(hub.updates)
     hub.answer(payload, 1)
     client.wait_for("receipt")
-    hub.answer(payload, 1, "rejected", "norm", "its L2 norm is 99, but at most 10 is accepted")
+    hub.answer(payload, 1, "accepted", "norm", "its L2 norm is 99, but it counts with 10")
     facts = client.wait_for("receipt", count=2)
-    assert (facts["round"], facts["status"], facts["check"]) == (1, "rejected", "norm")
+    assert (facts["round"], facts["status"], facts["check"]) == (1, "accepted", "norm")
     hub.open_round(2, initial)
     hub.wait_for(hub.updates, 2)
     assert client.names().count("receipt") == 2
-    assert "round 1: update refused (norm): its L2 norm is 99" in caplog.text
+    assert "round 1: its L2 norm is 99, but it counts with 10" in caplog.text
+
+
+def test_a_round_of_another_run_does_not_disturb_the_present_one(hub, start, site, initial):
+    slow = _SlowEngine(site.engine)
+    hub.announce(run=SECOND_RUN)
+    hub.open_round(1, initial, run=SECOND_RUN)
+    client = start(dataclasses.replace(site, engine=slow))
+    slow.in_step.wait(PATIENCE)
+    hub.open_round(1, initial, "finished", clients=(), run=FIRST_RUN, edition=9)
+    slow.pause = 0.0
+    client.wait_for("trained")
+    assert "interrupted" not in client.names()
 
 
 def test_outside_its_window_a_site_does_not_train(hub, start, initial):

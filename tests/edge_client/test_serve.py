@@ -142,7 +142,9 @@ def test_a_length_that_is_not_told_plainly_is_refused(port: int, told: str) -> N
     assert answer.count(b"HTTP/1.1") == 1
 
 
-@pytest.mark.parametrize("told", ["Content-Length: 40", "Transfer-Encoding: chunked"])
+@pytest.mark.parametrize(
+    "told", ["Content-Length: 40", "Transfer-Encoding: chunked", "Content-Length : 40", "Host: evil"]
+)
 def test_the_body_of_a_get_is_no_second_request(port: int, told: str) -> None:
     second = "GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
     answer = raw(port, f"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n{told}\r\n\r\n{second}")
