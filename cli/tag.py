@@ -253,7 +253,13 @@ def _photo_lists(
     stop = threading.Event()
     names = [name for source in arguments.photos for name in (_stdin_names() if source == "-" else [source])]
     if arguments.format == "xmp":
-        names = [name for name in names if not _is_in_service_folder(name, skipped)]
+        named = names
+        names = [name for name in named if not _is_in_service_folder(name, skipped)]
+        if named and not names:
+            raise TagError(
+                f"{named[0]}: a service folder or the inside of a photo library, where no sidecars are written; "
+                "--format json tags it"
+            )
     wanted = functools.partial(_is_wanted, named=set(map(Path, names)), explain=arguments.explain)
     if not arguments.watch:
         yield list(filter(wanted, find_photos(names, skipped, arguments.exclude))), stop

@@ -45,8 +45,6 @@ SERVICE_FOLDERS = frozenset(
     }
     | {
         "$recycle.bin",
-        "recycler",
-        "recycled",
         "system volume information",
         "lost+found",
         "network trash folder",

@@ -1,14 +1,16 @@
 """Keywords in XMP packets as digiKam, Lightroom, darktable and Immich read them.
 
 A photo's labels go into ``dc:subject``, ``digiKam:TagsList`` and ``lr:hierarchicalSubject``. For each of these a
-property of the same name in this program's own namespace notes which values came from here. So a later run takes back
-its own tags and never anyone else's, and a tag that a person has taken out stays out. The latter two properties hold
-paths in a hierarchy of tags: a label that somebody has filed under others (``Animals/dog``) is known by its last part.
+property in this program's own namespace, named after it (``…Labels``), notes which values came from here. So a later
+run takes back its own tags and never anyone else's, and a tag that a person has taken out stays out. The latter two
+properties hold paths in a hierarchy of tags: a label that somebody has filed under others (``Animals/dog``) is known
+by its last part.
 
 Photo programs show the first of these properties that is there, and a sidecar's before the photo's own. So a property
 that holds nothing of a person's (new, or made by an earlier run) gets *copies* of all keywords that the person has
 anywhere else, or our labels would hide them. Copies are noted likewise (``…Copies``): they follow what the person
-changes at their place, go with our last label, and stay as they are once a person's program writes to the property.
+changes at their place, go with our last label, and stay as they are once a person's program writes to the property, or
+where the person's keywords are nowhere else any more.
 
 Sources: names and container kinds of the properties as in ExifTool's tag tables for XMP-dc, XMP-digiKam, XMP-lr,
 XMP-microsoft and XMP-mediapro.
@@ -17,7 +19,7 @@ XMP-microsoft and XMP-mediapro.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 from xml.dom.minidom import Element
 
@@ -25,7 +27,10 @@ from fedmpt.edge_client import xmp_packet
 from fedmpt.edge_client.xmp_packet import NOT_XML, RDF, XmpError, find_list, loose_values, values
 
 OWN = "urn:fedmpt:xmp:1/"
-COPIES = "Copies"  # ends the names of the properties that note copies
+# What notes values is named after their property with this at its end: programs that read names without their namespace
+# (exiftool's, and so Immich's) must not take a note for the property. Earlier versions wrote the name alone.
+LABELS, COPIES = "Labels", "Copies"
+MAXIMUM_KEYWORDS = 2000  # of a person's; they are merged in memory, one by one
 
 
 class Property(NamedTuple):
@@ -71,10 +76,15 @@ def merge_tags(packet: bytes, labels: Sequence[str], where: str, keywords: Itera
     for label in wanted:
         if NOT_XML.search(label):
             raise XmpError(f"{where}: the label {label!r} cannot be written as XML; rename it")
+    renamed = [_rename_note(rdf, each, where) for each in KEYWORDS]
     persons = list(dict.fromkeys([*_keywords(rdf, where), *filter(None, map(_written, keywords))]))
+    if len(persons) > MAXIMUM_KEYWORDS:
+        raise XmpError(f"{where}: {len(persons)} keywords, but at most {MAXIMUM_KEYWORDS} are merged")
     filed = _filed(rdf, persons, where)
+    ours = _labels(rdf, where)
     changes = [_merge(rdf, each, wanted, persons, filed, where) for each in KEYWORDS]
-    if not any(changes):
+    changes += [_take_out(rdf, each, ours.difference(wanted)) for each in ONLY_READ]
+    if not any(renamed + changes):
         return packet
     return xmp_packet.serialise(document, packet, where)
 
@@ -90,13 +100,60 @@ def read_keywords(packet: bytes, where: str) -> list[Keyword]:
 
 def _keywords(rdf: Element, where: str) -> list[Keyword]:
     found: list[Keyword] = []
-    for each in KEYWORDS + ONLY_READ:
+    for each in KEYWORDS:
         noted = _noted(rdf, each.name, where)
         theirs = [value for value in loose_values(rdf, each.namespace, each.name) if value not in noted]
-        found += [_written(value.split(each.separator) if each.separator else [value]) for value in theirs]
-    # What wrote a path wrote its levels as plain keywords, too.
+        found += [_written(_levels(value, each)) for value in theirs]
+    ours = _labels(rdf, where)
+    for each in ONLY_READ:  # where another program spreads our labels, too
+        levels = [_levels(value, each) for value in loose_values(rdf, each.namespace, each.name)]
+        found += [_written(keyword) for keyword in levels if keyword[-1] not in ours]
+    return distinct(found)
+
+
+def distinct(keywords: Iterable[Keyword]) -> list[Keyword]:
+    """One file's keywords, each once: what wrote a path wrote its levels as plain keywords, too."""
+    found = list(dict.fromkeys(filter(None, keywords)))
     levels = {level for keyword in found if len(keyword) > 1 for level in keyword}
-    return list(dict.fromkeys(each for each in found if len(each) > 1 or (each and each[0] not in levels)))
+    return [keyword for keyword in found if len(keyword) > 1 or keyword[0] not in levels]
+
+
+def _levels(value: str, each: Property) -> list[str]:
+    return value.split(each.separator) if each.separator else [value]
+
+
+def _labels(rdf: Element, where: str) -> set[str]:
+    """Our labels in a packet, wherever they are filed."""
+    return {
+        _levels(value, each)[-1]
+        for each in KEYWORDS
+        for value in values(find_list(rdf, OWN, each.name + LABELS, where))
+    }
+
+
+def _take_out(rdf: Element, each: Property, labels: set[str]) -> bool:
+    """Take labels out of a property that we do not write, but to which another program copied them."""
+    lists = [
+        list_
+        for description in xmp_packet.elements(rdf, RDF, "Description")
+        for property_ in xmp_packet.elements(description, each.namespace, each.name)
+        for list_ in xmp_packet.elements(property_)
+    ]
+    gone = [
+        value for value in {v for list_ in lists for v in values(list_)} if _levels(value, each)[-1] in labels
+    ]
+    for list_ in lists if gone else ():
+        _change(list_, gone, [])
+    return bool(gone)
+
+
+def _rename_note(rdf: Element, each: Property, where: str) -> bool:
+    """Give an earlier version's note its present name."""
+    note = find_list(rdf, OWN, each.name, where)
+    if note is None:
+        return False
+    xmp_packet.rename(note.parentNode, OWN, each.name + LABELS, "fedmpt")
+    return True
 
 
 def _written(keyword: Iterable[str]) -> Keyword:
@@ -106,7 +163,8 @@ def _written(keyword: Iterable[str]) -> Keyword:
 
 def _noted(rdf: Element, name: str, where: str) -> set[str]:
     """The values of a property that came from here: labels and copies."""
-    return {value for note in (name, name + COPIES) for value in values(find_list(rdf, OWN, note, where))}
+    notes = (name, name + LABELS, name + COPIES)
+    return {value for note in notes for value in values(find_list(rdf, OWN, note, where))}
 
 
 def _merge(
@@ -118,41 +176,43 @@ def _merge(
     where: str,
 ) -> bool:
     list_ = find_list(rdf, each.namespace, each.name, where)
-    own = find_list(rdf, OWN, each.name, where)
+    own = find_list(rdf, OWN, each.name + LABELS, where)
     noted = find_list(rdf, OWN, each.name + COPIES, where)
     present, ours, copies = values(list_), values(own), values(noted)
-    mirrors = all(
-        value in ours or value in copies for value in present
-    )  # nothing of a person's stands here alone
+    # Whether nothing of a person's stands here alone; without the person's keywords elsewhere the copies are theirs.
+    mirrors = bool(persons) and set(present) <= {*ours, *copies}
     copied = _copies(persons, each.separator) if mirrors else copies
     wanted = [_place(label, each.separator, (copied, present, ours), filed) for label in labels]
-    kept = [value for value in present if value not in copies or value in copied]
+    kept = {value for value in present if value not in copies or value in copied}
     new = [label for label in wanted if label not in kept and label not in ours and label not in copied]
     if mirrors and not new and not any(label in kept or label in copied for label in wanted):
         copied = []  # nothing of ours would hide anything
     gone = [label for label in ours if label not in wanted]
     outdated = [value for value in copies if value not in copied]
-    missing = [value for value in copied if value not in copies and (value not in present or value in gone)]
-    changes = ((own, each.name, gone, new), (noted, each.name + COPIES, outdated, missing))
-    for note, name, less, more in changes:
-        _change(
-            note or (xmp_packet.make_list(rdf, OWN, name, "fedmpt", each.kind) if more else None), less, more
-        )
+    stays_out = set(copies) if list_ else set()  # without the property nobody took a single copy out
+    there = {*present} - {*gone}
+    missing = [value for value in copied if value not in stays_out and value not in there]
+    unnoted = [value for value in missing if value not in copies]
+    for note, name, less, more in ((own, LABELS, gone, new), (noted, COPIES, outdated, unnoted)):
+        if more and note is None:
+            note = xmp_packet.make_list(rdf, OWN, each.name + name, "fedmpt", each.kind)
+        _change(note, less, more)
     if missing or new:
         list_ = list_ or xmp_packet.make_list(rdf, each.namespace, each.name, each.prefix, each.kind)
     _change(list_, [*gone, *outdated], [*missing, *new])
     return bool(gone or new or outdated or missing)
 
 
-def _change(list_: Element | None, less: list[str], more: list[str]) -> None:
+def _change(list_: Element | None, less: Collection[str], more: Sequence[str]) -> None:
     """Take values out of a list and append others; an empty list goes with its property."""
     if list_ is None:
         return
-    for item in [item for item in xmp_packet.elements(list_) if xmp_packet.text(item) in less]:
+    removed = set(less)
+    for item in [item for item in xmp_packet.elements(list_) if xmp_packet.text(item) in removed]:
         xmp_packet.remove(item)
     for value in more:
         xmp_packet.add_item(list_, value)
-    if less and not any(xmp_packet.elements(list_)):
+    if removed and not any(xmp_packet.elements(list_)):
         xmp_packet.remove(list_.parentNode)
 
 

@@ -82,8 +82,14 @@ def elements(parent: Node, namespace: str | None = None, name: str | None = None
 
 
 def text(element: Element) -> str:
-    """The text of an element without children."""
-    return "".join(child.data for child in element.childNodes if isinstance(child, Text))
+    """The text of a value; of a qualified one (ISO 16684-1, 7.8) that of its ``rdf:value``."""
+    plain = "".join(child.data for child in element.childNodes if isinstance(child, Text))
+    if plain.strip() or not (element.hasAttributes() or any(elements(element))):
+        return plain
+    inner = next(elements(element, RDF, "Description"), element)
+    if value := next(elements(inner, RDF, "value"), None):
+        return text(value)
+    return inner.getAttributeNS(RDF, "value") or plain
 
 
 def values(container: Element | None) -> list[str]:
@@ -122,12 +128,15 @@ def add(parent: Any, namespace: str, name: str, prefix: str) -> Element:
     element = _document(parent).createElementNS(namespace, f"{known or prefix}:{name}")
     if known is None:
         element.setAttributeNS(XMLNS_NAMESPACE, f"xmlns:{prefix}", namespace)
-    siblings = list(elements(parent))
-    if not siblings:
+    first = next(elements(parent), None)
+    if first is None:
         parent.appendChild(element)
         return element
-    parent.insertBefore(element, siblings[-1].nextSibling)
-    if _is_blank(indentation := siblings[0].previousSibling):
+    last = parent.lastChild
+    while not isinstance(last, Element):
+        last = last.previousSibling
+    parent.insertBefore(element, last.nextSibling)
+    if _is_blank(indentation := first.previousSibling):
         parent.insertBefore(indentation.cloneNode(False), element)
     return element
 
@@ -145,6 +154,11 @@ def _prefix(element: Node, namespace: str) -> str | None:
                 hidden.add(prefix)
         node = node.parentNode
     return None
+
+
+def rename(element: Any, namespace: str, name: str, prefix: str) -> None:
+    """Give an element another name."""
+    _document(element).renameNode(element, namespace, f"{_prefix(element, namespace) or prefix}:{name}")
 
 
 def remove(element: Any) -> None:

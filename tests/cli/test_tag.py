@@ -115,9 +115,13 @@ def test_nothing_is_written_into_a_service_folder_even_if_it_is_named(  # type: 
 ) -> None:
     library = photos.rename(photos.with_name("My.photoslibrary"))
     before = sorted(library.iterdir())
-    assert tag(library, library / "red.png", "--format", "xmp") == 0
+    other = library.with_name("sea.png")
+    Image.new("RGB", (40, 30), (0, 255, 128)).save(other)
+    assert tag(library, library / "red.png", other, "--format", "xmp") == 0
+    assert "1 photos tagged, 0 failed; passed over: 2 My.photoslibrary" in capsys.readouterr().err
+    assert tag(library, "--format", "xmp") == 1
+    assert "where no sidecars are written" in capsys.readouterr().err
     assert sorted(library.iterdir()) == before
-    assert "0 photos tagged, 0 failed; passed over: 2 My.photoslibrary" in capsys.readouterr().err
     assert tag(library / "red.png") == 0
     assert found(capsys.readouterr().out)[1] == ["red"]
 

@@ -272,6 +272,142 @@ def test_damaged_metadata_of_a_photo_costs_nothing_but_itself(tmp_path, xmp):
     assert embedded_keywords(photo) == [("Anna",)]
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        (b"<rdf:li>", b"<rdf:li>&"),
+        (b"<rdf:RDF", b"<!DOCTYPE a><rdf:RDF"),
+        (b"dc:subject", b"dc:subject x:y='1'"),
+    ],
+)
+def test_a_photo_whose_damaged_metadata_has_keywords_is_not_tagged(tmp_path, damage):
+    """exiftool reads them all the same, and a sidecar would hide them."""
+    photo = jpeg(tmp_path / "a.jpg", xmp=packet(dc_subject=["Anna"]).replace(*damage))
+    with pytest.raises(XmpError, match=r"a\.jpg: its own XMP"):
+        write_sidecar(photo, ["dog"])
+    assert list(tmp_path.iterdir()) == [photo]
+
+
+def test_spaces_around_a_packet_are_no_damage(tmp_path):
+    photo = jpeg(tmp_path / "a.jpg", xmp=b"\n <?xml version='1.0'?>" + packet(dc_subject=["Anna"]) + b" \0\0")
+    assert embedded_keywords(photo) == [("Anna",)]
+
+
+def test_a_large_packet_in_pieces_is_put_together(tmp_path):
+    """As Adobe's programs write what is more than 64 kB: the rest follows in segments of its own."""
+    names = [f"keyword {number}" for number in range(1500)]
+    rest = packet(dc_subject=names)
+    segments = b""
+    for start in range(0, len(rest), 40_000):
+        content = b"http://ns.adobe.com/xmp/extension/\0" + b"A" * 32
+        content += struct.pack(">II", len(rest), start) + rest[start : start + 40_000]
+        segments += b"\xff\xe1" + struct.pack(">H", len(content) + 2) + content
+    photo = jpeg(tmp_path / "a.jpg", xmp=packet(), segment=segments)
+    assert embedded_keywords(photo) == [(name,) for name in names]
+
+
+def test_the_xmp_of_a_gif_is_found(tmp_path):
+    photo = tmp_path / "a.gif"
+    Image.new("L", (8, 8)).save(photo)
+    data = photo.read_bytes()
+    block = (
+        b"\x21\xff\x0bXMP DataXMP" + packet(dc_subject=["Anna"]) + b"\x01" + bytes(range(255, -1, -1)) + b"\0"
+    )
+    photo.write_bytes(data[:-1] + block + data[-1:])
+    assert embedded_keywords(photo) == [("Anna",)]
+
+
+@pytest.mark.parametrize(
+    "keywords", ["Strand;Meer".encode("utf-16-le"), "Strand;Meer".encode("utf-16-le") + b"\0\0x"]
+)
+def test_keywords_of_windows_explorer_are_found(tmp_path, keywords):
+    photo = tmp_path / "a.jpg"
+    exif = Image.Exif()
+    exif[0x9C9E] = keywords
+    Image.new("RGB", (8, 8)).save(photo, exif=exif)
+    found = [keyword for (keyword,) in embedded_keywords(photo)]
+    assert found[0] == "Strand"
+    assert found[1].startswith("Meer")
+
+
+def test_a_number_where_keywords_should_be_costs_no_memory(tmp_path):
+    photo = tmp_path / "a.tif"
+    Image.new("RGB", (8, 8)).save(photo, tiffinfo={0x9C9E: 1_500_000_000})
+    assert embedded_keywords(photo) == []
+
+
+def test_more_keywords_than_can_be_merged_are_refused(tmp_path):
+    photo = jpeg(tmp_path / "a.jpg")
+    (tmp_path / "a.jpg.xmp").write_bytes(packet(dc_subject=[f"keyword {number}" for number in range(2001)]))
+    with pytest.raises(XmpError, match="2001 keywords, but at most 2000 are merged"):
+        write_sidecar(photo, ["dog"])
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        '<rdf:li rdf:parseType="Resource"><rdf:value>Anna</rdf:value><q:x xmlns:q="urn:q">1</q:x></rdf:li>',
+        "<rdf:li><rdf:Description><rdf:value>Anna</rdf:value></rdf:Description></rdf:li>",
+        '<rdf:li rdf:value="Anna"/>',
+        '<rdf:li xml:lang="x-default">Anna</rdf:li>',
+    ],
+)
+def test_a_qualified_keyword_is_a_keyword(item):
+    before = packet(dc_subject=["X"]).replace(b"<rdf:li>X</rdf:li>", item.encode())
+    merged = merge_tags(before, ["dog"], "x")
+    assert values(merged, TAGS) == ["Anna", "dog"]
+    assert item.encode() in merged
+
+
+def test_what_another_program_spread_goes_with_our_label(tmp_path):
+    """digiKam writes all its tags to the properties of other programs, too."""
+    once = merge_tags(EMPTY, ["dog"], "x")
+    root = etree.fromstring(once)
+    (description,) = root.findall(".//rdf:Description", NAMES)
+    theirs = etree.fromstring(packet(MicrosoftPhoto_LastKeywordXMP=["dog", "Anna"])).find(
+        ".//rdf:Description", NAMES
+    )
+    description.append(theirs[0])
+    again = merge_tags(etree.tostring(root), ["cat"], "x")
+    assert values(again, TAGS) == ["Anna", "cat"]
+    assert values(again, "MicrosoftPhoto:LastKeywordXMP") == ["Anna"]
+    assert merge_tags(again, ["cat"], "x") == again
+
+
+def test_a_property_that_was_deleted_starts_again_with_the_persons_keywords():
+    root = etree.fromstring(merge_tags(packet(dc_subject=["Wedding"]), ["dog"], "x"))
+    (made,) = root.findall(f".//{TAGS}", NAMES)
+    made.getparent().remove(made)
+    again = merge_tags(etree.tostring(root), ["cat"], "x")
+    assert values(again, TAGS) == ["Wedding", "cat"]
+    assert merge_tags(again, ["cat"], "x") == again
+
+
+def test_copies_stay_where_the_persons_keywords_are_nowhere_else_any_more(tmp_path):
+    """An editor took the metadata out of the photo."""
+    photo = jpeg(tmp_path / "a.jpg", segment=iptc(b"Anna"))
+    write_sidecar(photo, ["dog"])
+    jpeg(photo)
+    write_sidecar(photo, ["dog", "cat"])
+    assert values((tmp_path / "a.jpg.xmp").read_bytes(), TAGS) == ["Anna", "dog", "cat"]
+
+
+def test_no_note_is_named_as_a_property_that_programs_read():
+    merged = merge_tags(packet(dc_subject=["Wedding"]), ["dog"], "x")
+    notes = {element.tag.split("}")[1] for element in etree.fromstring(merged).iter("{urn:fedmpt:xmp:1/}*")}
+    assert notes
+    assert not notes & {"subject", "TagsList", "hierarchicalSubject", "Keywords"}
+
+
+def test_an_earlier_versions_notes_get_their_present_names():
+    earlier = packet(
+        dc_subject=["dog"], fedmpt_subject=["dog"], digiKam_TagsList=["dog"], fedmpt_TagsList=["dog"]
+    )
+    merged = merge_tags(earlier, ["cat"], "x")
+    assert values(merged, SUBJECT) == values(merged, TAGS) == ["cat"]
+    assert values(merged, "fedmpt:TagsList") == []
+
+
 def test_what_is_no_photo_has_no_keywords(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"nothing")
     assert embedded_keywords(tmp_path / "a.jpg") == []
@@ -308,7 +444,9 @@ def test_of_two_sidecars_the_one_of_the_wanted_name_is_written_with_the_others_k
     assert sorted(values((tmp_path / written).read_bytes(), TAGS)) == ["Anna", "Wedding", "dog"]
 
 
-@pytest.mark.parametrize("other", ["a.CR2", "a.nef", "a.png", "a.heic"])
+@pytest.mark.parametrize(
+    "other", ["a.CR2", "a.Cr2", "a.nef", "a.mef", "a.png", "a.Png", "a.heic", "a.mov", "a"]
+)
 def test_a_sidecar_that_may_be_another_files_is_copied_from_not_written(tmp_path, other):
     photo = jpeg(tmp_path / "a.jpg")
     (tmp_path / other).write_bytes(b"another")
@@ -317,6 +455,46 @@ def test_a_sidecar_that_may_be_another_files_is_copied_from_not_written(tmp_path
     assert write_sidecar(photo, ["dog"])
     assert (tmp_path / "a.xmp").read_bytes() == theirs
     assert values((tmp_path / "a.jpg.xmp").read_bytes(), TAGS) == ["Wedding", "dog"]
+
+
+@pytest.mark.parametrize(
+    ("photo", "other"), [("s.tif.jpg", "s.tif"), ("a.CR2.jpg", "a.CR2"), ("photo.jpg", "photo")]
+)
+def test_a_photos_own_sidecar_is_not_taken_over_by_another(tmp_path, photo, other):
+    jpeg(tmp_path / other)
+    jpeg(tmp_path / photo)
+    (tmp_path / f"{other}.xmp").write_bytes(packet(dc_subject=["Wedding"]))
+    before = (tmp_path / f"{other}.xmp").read_bytes()
+    assert write_sidecar(tmp_path / photo, ["dog"])
+    assert (tmp_path / f"{other}.xmp").read_bytes() == before
+    assert values((tmp_path / f"{photo}.xmp").read_bytes(), TAGS) == ["Wedding", "dog"]
+
+
+def test_labels_in_a_sidecar_that_is_no_longer_the_one_are_taken_out(tmp_path):
+    photo = jpeg(tmp_path / "a.jpg")
+    (tmp_path / "a.xmp").write_bytes(packet(dc_subject=["Wedding"]))
+    write_sidecar(photo, ["dog"])
+    (tmp_path / "a.jpg.xmp").write_bytes(packet(dc_subject=["Beach"]))  # another program's
+    write_sidecar(photo, ["cat"])
+    assert values((tmp_path / "a.jpg.xmp").read_bytes(), TAGS) == ["Beach", "Wedding", "cat"]
+    assert values((tmp_path / "a.xmp").read_bytes(), SUBJECT) == ["Wedding"]
+    assert values((tmp_path / "a.xmp").read_bytes(), TAGS) == []
+    written = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert not write_sidecar(photo, ["cat"])
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == written
+
+
+@pytest.mark.parametrize("kind", ["folder", "loop"])
+def test_a_second_sidecar_that_is_no_file_stops_that_photo(tmp_path, kind):
+    photo = jpeg(tmp_path / "a.jpg")
+    (tmp_path / "a.jpg.xmp").write_bytes(packet(dc_subject=["Beach"]))
+    odd = tmp_path / "a.xmp"
+    if kind == "folder":
+        odd.mkdir()
+    else:
+        odd.symlink_to(odd)
+    with pytest.raises(XmpError, match=r"a\.xmp: "):
+        write_sidecar(photo, ["dog"])
 
 
 def test_a_sidecar_that_cannot_be_read_stops_that_photo(tmp_path):
