@@ -119,7 +119,7 @@ def test_a_client_can_join_from_the_retained_topics_alone(
 def test_the_state_is_published_before_its_round_and_the_old_one_deleted_after(
     begin: Callable[..., Site],
 ) -> None:
-    site = opened(begin)
+    site = opened(begin, norm_factor=0.0)
     site.send("a")
     site.send("b")
     messages = site.federation.tick(1.0)
@@ -587,8 +587,17 @@ def test_of_fewer_than_three_the_state_sets_the_bound(begin: Callable[..., Site]
     assert "receipt/b" not in messages
 
 
-@pytest.mark.parametrize("changes", [{"norm_factor": 0.0}, {"clients_min": 2, "calibrate": True}])
-def test_without_a_factor_and_in_a_calibration_of_few_none_is_scaled(
+def test_in_a_calibration_of_two_the_shorter_sets_the_bound(begin: Callable[..., Site]) -> None:
+    site = opened(begin)
+    receipts = closed_with(site, ("a", "b"), a=1000.0)
+    (record,) = site.store.history()
+    assert record["scaled"] == {"a": record["norms"]["largest"]}
+    assert record["norms"]["limit"] == 2 * record["norms"]["median"]
+    assert "2 times the median of this round's 2 updates" in receipts["a"].reason
+
+
+@pytest.mark.parametrize("changes", [{"norm_factor": 0.0}, {"clients_min": 1, "calibrate": True}])
+def test_without_a_factor_and_in_a_calibration_of_one_none_is_scaled(
     begin: Callable[..., Site], changes: dict[str, float]
 ) -> None:
     site = begin(**({"clients_min": 6, "calibrate": False} | changes))

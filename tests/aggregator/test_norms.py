@@ -47,8 +47,10 @@ def test_of_two_the_shorter_is_the_median():
 def test_without_a_factor_a_state_or_before_there_is_one_few_updates_have_no_limit(
     factor, state, calibrating
 ):
-    assert norm_limit(factor, [1.0, 900.0], state, calibrating) == NormLimit(math.inf, "")
+    assert norm_limit(factor, [900.0], state, calibrating) == NormLimit(math.inf, "")
 
 
-def test_in_a_calibration_of_many_the_median_counts():
-    assert norm_limit(10.0, [1.0, 2.0, 900.0], 5.0, calibrating=True).value == 20.0
+def test_in_a_calibration_twice_the_median_counts():
+    assert norm_limit(10.0, [1.0, 2.0, 900.0], 5.0, calibrating=True).value == 4.0
+    assert norm_limit(10.0, [2.0, 900.0], 5.0, calibrating=True).value == 4.0
+    assert norm_limit(1.5, [2.0, 900.0], 5.0, calibrating=True).value == 3.0
