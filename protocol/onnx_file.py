@@ -25,6 +25,7 @@ from fedmpt.protocol.text import quoted
 MAXIMUM_DEPTH = 100  # of messages within messages, as in protobuf's own parsers
 MAXIMUM_FIELDS = 1_000_000  # in all messages that are entered; the largest train step has a tenth of that
 MAXIMUM_RANK, MAXIMUM_ENTRIES, MAXIMUM_NAME = 64, 16, 4096
+SHOWN = 400  # characters of a location: the path that was asked for is what people must see
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types; groups (3, 4) are in no ONNX file
 # message → number of a field that is a message → which message; nothing else leads to a tensor
 MESSAGES: dict[str, dict[int, str]] = {
@@ -106,17 +107,15 @@ def _problem(folder: Path, tensor: ExternalTensor, files: Collection[str]) -> st
         return "names the place of its data twice; do not use this file"
     if location not in files or Path(location).name != location:
         allowed = f"only {', '.join(sorted(files))} may be read" if files else "no other file may be read"
-        return f"wants its data from the file {quoted(location)}, but {allowed}; do not use this file"
+        return f"wants its data from the file {quoted(location, SHOWN)}, but {allowed}; do not use this file"
     try:
         status = (folder / location).lstat()
     except OSError as error:
-        return (
-            f"wants its data from {quoted(location)}, which cannot be read ({error.strerror}); copy it again"
-        )
+        return f"wants its data from {quoted(location, SHOWN)}, which cannot be read ({error.strerror}); copy it again"
     if not stat.S_ISREG(status.st_mode):
         return (
-            f"wants its data from {quoted(location)}, which is a link or no regular file; put the file itself there "
-            "(cp -rL copies a folder with links as files)"
+            f"wants its data from {quoted(location, SHOWN)}, which is a link or no regular file; put the file itself "
+            "there (cp -rL copies a folder with links as files)"
         )
     numbers = [where.get("offset", "0"), where.get("length", "0")]
     if not all(number.isascii() and number.isdigit() and len(number) < 20 for number in numbers):
@@ -131,7 +130,7 @@ def _problem(folder: Path, tensor: ExternalTensor, files: Collection[str]) -> st
         return f"has external data of type {tensor.data_type} and a shape that have no size"
     end = offset + max(length, -(-bits // 8))
     if end > status.st_size:
-        return f"ends at byte {end} of {quoted(location)}, which has {status.st_size}; copy the files again"
+        return f"ends at byte {end} of {quoted(location, SHOWN)}, which has {status.st_size}; copy the files again"
     return ""
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 QUOTED = 80  # characters at most
 
 
-def quoted(text: str) -> str:
-    """``text`` in quotes on one line, control characters escaped, cut to 80 characters."""
-    shown = repr(text[:QUOTED])
-    return shown if len(shown) <= QUOTED else shown[: QUOTED - 1] + "…"
+def quoted(text: str, limit: int = QUOTED) -> str:
+    """``text`` in quotes on one line, control characters escaped, cut to ``limit`` characters."""
+    shown = repr(text[:limit])
+    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
 
 
 def printable(text: str) -> str:

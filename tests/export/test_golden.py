@@ -52,7 +52,9 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert set(found) == set(expected)
     for name, reference in expected.items():
         difference = (found[name] - reference).abs().max()
-        assert difference <= TOLERANCE * max(float(reference.abs().max()), 1e-3), f"{name}: {difference:.1e}"
+        # Sums over all photos and labels, whose terms cancel: processors without AVX-512 round them otherwise.
+        least = 0.1 * float(expected["loss"]) if name in ("gradient.scale", "gradient.bias") else 1e-3
+        assert difference <= TOLERANCE * max(float(reference.abs().max()), least), f"{name}: {difference:.1e}"
 
 
 def run(model: bytes, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

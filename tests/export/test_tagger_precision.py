@@ -40,14 +40,17 @@ def files(tiny_bundle: Path, state: State, tmp_path_factory: pytest.TempPathFact
     return found
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("float16", 0.005), ("int8", 0.05)])
+# The heat maps of int8 differ by 0.055 on processors without VNNI, whose products ONNX Runtime forms otherwise.
+@pytest.mark.parametrize(
+    ("precision", "tolerance", "of_maps"), [("float16", 0.005, 0.005), ("int8", 0.05, 0.06)]
+)
 def test_probabilities_and_heat_maps_stay_close(
-    files: dict[str, Path], precision: str, tolerance: float
+    files: dict[str, Path], precision: str, tolerance: float, of_maps: float
 ) -> None:
     exact, reduced = (Tagger.load(files[name], "cpu").predict(PIXELS) for name in ("float32", precision))
     difference = np.abs(exact.probabilities - reduced.probabilities).max()
     assert 0 < difference < tolerance
-    np.testing.assert_allclose(reduced.heatmaps, exact.heatmaps, atol=tolerance)
+    np.testing.assert_allclose(reduced.heatmaps, exact.heatmaps, atol=of_maps)
 
 
 @pytest.mark.parametrize(("precision", "share"), [("float16", 0.6), ("int8", 0.45)])
