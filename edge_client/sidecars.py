@@ -24,46 +24,15 @@ from fedmpt.protocol.files import write_atomically
 NAMINGS = ("photo.jpg.xmp", "photo.xmp")
 ENDINGS = (".xmp", ".XMP", ".Xmp")
 # Other files that photo.xmp may belong to: raw files, whose sidecar it is in Adobe's programs, drawings, films.
-OTHER_SUFFIXES = frozenset(
-    {
-        ".3fr",
-        ".arw",
-        ".cap",
-        ".cr2",
-        ".cr3",
-        ".crw",
-        ".dcr",
-        ".dng",
-        ".eip",
-        ".erf",
-        ".fff",
-        ".gpr",
-        ".iiq",
-        ".kdc",
-    }
-    | {
-        ".mef",
-        ".mos",
-        ".mrw",
-        ".nef",
-        ".nrw",
-        ".orf",
-        ".pef",
-        ".raf",
-        ".raw",
-        ".rw2",
-        ".rwl",
-        ".sr2",
-        ".srf",
-        ".srw",
-    }
-    | {".x3f", ".jfif", ".jxl", ".psd", ".psb", ".avi", ".m4v", ".mov", ".mp4", ""}
-)
+OTHER_SUFFIXES = frozenset((
+    ".3fr", ".arw", ".cap", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".eip", ".erf", ".fff", ".gpr", ".iiq", ".kdc",
+    ".mef", ".mos", ".mrw", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".rwl", ".sr2", ".srf", ".srw",
+    ".x3f", ".jfif", ".jxl", ".psd", ".psb", ".avi", ".m4v", ".mov", ".mp4", "",
+))  # fmt: skip
 KEYWORDS_OF_IPTC, CHARACTERS_OF_IPTC = (2, 25), (1, 90)  # record and data set (IPTC IIM 4.2)
 UTF_8 = b"\x1b%G"  # as IPTC names it, by its escape sequence
-EXTENSION = (
-    b"http://ns.adobe.com/xmp/extension/\0"  # begins a piece of an XMP packet above 64 kB (part 3, 1.1.3.1)
-)
+# What begins a piece of an XMP packet above 64 kB in a JPEG (XMP Specification Part 3, 1.1.3.1).
+EXTENSION = b"http://ns.adobe.com/xmp/extension/\0"
 PIECE = len(EXTENSION) + 32 + 4 + 4  # and its content begins here, after digest, total size and offset
 # Formats of whose XMP Pillow does not always tell; in these it stands as it is.
 SCANNED_FORMATS = ("PNG", "GIF", "JPEG2000")
@@ -211,7 +180,8 @@ class _Sidecars(NamedTuple):
 
 def _sidecars(photo: Path, naming: str) -> _Sidecars:
     adobe = naming == NAMINGS[1]
-    long, short = list(_existing(photo, photo.name)), list(_existing(photo, photo.stem))
+    long = list(_existing(photo, photo.name))
+    short = list(_existing(photo, photo.stem)) if photo.suffix else []
     if adobe and not long and (other := _sharer(photo, SUFFIXES)):
         raise XmpError(
             f"{photo}: {other.name} has the same sidecar, {photo.stem}.xmp; rename one, or use --sidecar "

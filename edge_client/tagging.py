@@ -31,38 +31,16 @@ SUFFIXES = frozenset(
 # In folders these are not passed over in silence: their owner takes them for photos, and is told to convert them.
 UNREAD_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
 # What NAS systems, operating systems and photo programs keep among the photos: thumbnails, waste baskets, snapshots.
-SERVICE_FOLDERS = frozenset(
-    {
-        "@eadir",
-        "@recycle",
-        "@recently-snapshot",
-        "@tmp",
-        "@sharesnap",
-        "@transcode",
-        "#recycle",
-        "#snapshot",
-        "~snapshot",
-    }
-    | {
-        "$recycle.bin",
-        "system volume information",
-        "lost+found",
-        "network trash folder",
-    }
-    | {"temporary items", "lost.dir"}
-)
+SERVICE_FOLDERS = frozenset((
+    "@eadir", "@recycle", "@recently-snapshot", "@tmp", "@sharesnap", "@transcode", "#recycle", "#snapshot",
+    "~snapshot", "$recycle.bin", "system volume information", "lost+found", "network trash folder",
+    "temporary items", "lost.dir",
+))  # fmt: skip
 # Folders that a photo program takes for one file: what it does not know inside would damage it.
-LIBRARY_SUFFIXES = frozenset(
-    {
-        ".photoslibrary",
-        ".photolibrary",
-        ".migratedphotolibrary",
-        ".aplibrary",
-        ".migratedaplibrary",
-        ".lrdata",
-    }
-    | {".lrcat-data", ".lrlibrary", ".cocatalog", ".cosessiondb", ".dtbase2", ".imovielibrary", ".tvlibrary"}
-)
+LIBRARY_SUFFIXES = frozenset((
+    ".photoslibrary", ".photolibrary", ".migratedphotolibrary", ".aplibrary", ".migratedaplibrary", ".lrdata",
+    ".lrcat-data", ".lrlibrary", ".cocatalog", ".cosessiondb", ".dtbase2", ".imovielibrary", ".tvlibrary",
+))  # fmt: skip
 BATCH_SIZE = 8
 # Where each core computes a batch of its own: it is as fast, and the last cores idle less.
 STREAM_BATCH_SIZE = 2

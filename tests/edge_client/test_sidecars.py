@@ -470,6 +470,16 @@ def test_a_photos_own_sidecar_is_not_taken_over_by_another(tmp_path, photo, othe
     assert values((tmp_path / f"{photo}.xmp").read_bytes(), TAGS) == ["Wedding", "dog"]
 
 
+@pytest.mark.parametrize("naming", ["photo.jpg.xmp", "photo.xmp"])
+@pytest.mark.parametrize("name", ["photo", ".jpg", "a.b"])
+def test_a_photo_of_an_odd_name_has_one_sidecar(tmp_path, name, naming):
+    photo = jpeg(tmp_path / name)
+    for labels in (["dog"], ["dog"], ["cat"]):
+        write_sidecar(photo, labels, naming)
+        (sidecar,) = (path for path in tmp_path.iterdir() if path != photo)
+        assert values(sidecar.read_bytes(), TAGS) == labels
+
+
 def test_labels_in_a_sidecar_that_is_no_longer_the_one_are_taken_out(tmp_path):
     photo = jpeg(tmp_path / "a.jpg")
     (tmp_path / "a.xmp").write_bytes(packet(dc_subject=["Wedding"]))
