@@ -46,7 +46,6 @@ from fedmpt.protocol.codec import Update, encode_update, save_state, state_diges
 from fedmpt.protocol.manifest import (
     BundleManifest,
     Clip,
-    Graph,
     Pooling,
     TensorSpec,
     Tokens,
@@ -127,7 +126,7 @@ def write_bundle(folder: Path) -> tuple[BundleManifest, dict[str, np.ndarray]]:
         training=Training("sgd", 0.001, 0.9, 0.0, 0.0, 10.0, 32, 1, 1, False, 1.0, 2.0, 0.05, 0),
         precision="float32",
         state={name: TensorSpec("float32", shape) for name, shape in SHAPES.items()},
-        graphs={"image_encoder": Graph("none.onnx", {}, {})},
+        graphs={},
         files={},
     )
     save_manifest(folder, manifest)
