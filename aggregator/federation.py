@@ -167,7 +167,8 @@ class Federation:
             self._present.discard(client)
             if len(self._away) < MAXIMUM_CLIENTS:
                 self._away.add(client)
-                self._left |= {client} if message.left else set()
+                if message.left:
+                    self._left.add(client)
         elif message.bundle != self.manifest.bundle:
             return self._refuse(
                 client,
@@ -327,9 +328,10 @@ class Federation:
         if self.round.opened is None:
             muted = self._muted_clients()
             missing = self.settings.rounds.clients_min - len(self._present - muted)
-            if missing <= 0 and not (refused := self._refused.keys() - muted):
+            if missing <= 0 and self._hopeful():
                 return ""
             if missing <= 0:
+                refused = self._refused.keys() - muted
                 return f"waiting for others than those whose update was refused: {_some(refused)}"
             text = f"waiting for {missing} more client{'s' if missing > 1 else ''} to begin"
             if muted:

@@ -73,9 +73,10 @@ def find_photos(
         is_pattern = not os.path.lexists(source) and glob.has_magic(source)
         fixed = len(list(itertools.takewhile(lambda part: not glob.has_magic(part), Path(source).parts)))
         for path in _expand(source, exclude) if is_pattern else [Path(source)]:
-            if is_pattern and any(_is_left_out(part, exclude) for part in path.parts[fixed:]):
+            left_out = [part for part in path.parts[fixed:] if is_pattern and _is_left_out(part, exclude)]
+            if left_out:
                 if skipped is not None:
-                    skipped[path.name] += 1
+                    skipped[left_out[0]] += 1
             elif _is_folder(path):
                 yield from _photos_below(path, seen, skipped, exclude)
             else:

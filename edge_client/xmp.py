@@ -133,18 +133,14 @@ def _labels(rdf: Element, where: str) -> set[str]:
 
 def _take_out(rdf: Element, each: Property, labels: set[str]) -> bool:
     """Take labels out of a property that we do not write, but to which another program copied them."""
-    lists = [
-        list_
-        for description in xmp_packet.elements(rdf, RDF, "Description")
-        for property_ in xmp_packet.elements(description, each.namespace, each.name)
-        for list_ in xmp_packet.elements(property_)
-    ]
-    gone = [
-        value for value in {v for list_ in lists for v in values(list_)} if _levels(value, each)[-1] in labels
-    ]
-    for list_ in lists if gone else ():
-        _change(list_, gone, [])
-    return bool(gone)
+    changed = False
+    for description in xmp_packet.elements(rdf, RDF, "Description"):
+        for property_ in list(xmp_packet.elements(description, each.namespace, each.name)):
+            for list_ in xmp_packet.elements(property_):
+                gone = [value for value in values(list_) if _levels(value, each)[-1] in labels]
+                _change(list_, gone, [])
+                changed = changed or bool(gone)
+    return changed
 
 
 def _rename_note(rdf: Element, each: Property, where: str) -> bool:
@@ -226,10 +222,12 @@ def _copies(persons: Sequence[Keyword], separator: str) -> list[str]:
 
 def _filed(rdf: Element, persons: Iterable[Keyword], where: str) -> dict[str, Sequence[str]]:
     """The longest path of tags that ends in each tag, in whichever property it stands."""
-    paths: list[Sequence[str]] = []
-    for each in KEYWORDS:
-        found = values(find_list(rdf, each.namespace, each.name, where)) if each.separator else []
-        paths += [value.split(each.separator) for value in found]
+    paths = [
+        _levels(value, each)
+        for each in KEYWORDS
+        if each.separator
+        for value in values(find_list(rdf, each.namespace, each.name, where))
+    ]
     filed: dict[str, Sequence[str]] = {}
     for path in [*paths, *persons]:
         if len(path) > len(filed.get(path[-1], ())):

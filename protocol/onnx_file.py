@@ -23,7 +23,7 @@ from fedmpt.protocol.errors import FedmptError
 from fedmpt.protocol.text import quoted
 
 MAXIMUM_DEPTH = 100  # of messages within messages, as in protobuf's own parsers
-MAXIMUM_FIELDS = 1_000_000  # in all messages that are entered; the largest train step has a tenth of that
+MAXIMUM_FIELDS = 1_000_000  # of a file, in all messages that are entered; the demo's train step has 13,000
 MAXIMUM_RANK, MAXIMUM_ENTRIES, MAXIMUM_NAME = 64, 16, 4096
 SHOWN = 400  # characters of a location: the path that was asked for is what people must see
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types; groups (3, 4) are in no ONNX file
@@ -40,18 +40,11 @@ MESSAGES: dict[str, dict[int, str]] = {
 _REPEATED = {("graph", 1), ("graph", 5), ("graph", 15), ("node", 5), ("attribute", 10), ("attribute", 11)}
 _REPEATED |= {("attribute", 23), ("model", 20), ("model", 25), ("function", 7), ("function", 11)}
 _DIMS, _DATA_TYPE, _NAME, _EXTERNAL_DATA, _DATA_LOCATION = 1, 2, 8, 13, 14  # fields of a tensor
-_BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 14: 64, 15: 128}
-_BITS |= {
-    16: 16,
-    17: 8,
-    18: 8,
-    19: 8,
-    20: 8,
-    21: 4,
-    22: 4,
-    23: 4,
-    24: 8,
-}  # by data type; strings have no size
+# Bits of a value by data type; strings have no size.
+_BITS = {
+    1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 14: 64, 15: 128, 16: 16,
+    17: 8, 18: 8, 19: 8, 20: 8, 21: 4, 22: 4, 23: 4, 24: 8,
+}  # fmt: skip
 
 
 class OnnxFileError(FedmptError):
@@ -136,20 +129,17 @@ def _problem(folder: Path, tensor: ExternalTensor, files: Collection[str]) -> st
 
 def _tensors(data: mmap.mmap) -> Iterator[ExternalTensor]:
     waiting = [("model", 0, len(data), 0)]
-    count = 0
+    budget = iter(range(MAXIMUM_FIELDS))
     while waiting:
         kind, start, end, depth = waiting.pop()
         if depth > MAXIMUM_DEPTH:
             raise ValueError("nested too deeply")
         if kind == "tensor":
-            if (tensor := _tensor(data, start, end)) is not None:
+            if (tensor := _tensor(data, budget, start, end)) is not None:
                 yield tensor
             continue
         within, seen = MESSAGES[kind], set()
-        for number, wire, first, last in _fields(data, start, end):
-            count += 1
-            if count > MAXIMUM_FIELDS:
-                raise ValueError(f"more than {MAXIMUM_FIELDS} fields")
+        for number, wire, first, last in _fields(data, budget, start, end):
             if wire == _BYTES and number in within:
                 if number in seen and (kind, number) not in _REPEATED:
                     raise ValueError(f"byte {first}: a field that is written twice")
@@ -157,12 +147,12 @@ def _tensors(data: mmap.mmap) -> Iterator[ExternalTensor]:
                 waiting.append((within[number], first, last, depth + 1))
 
 
-def _tensor(data: mmap.mmap, start: int, end: int) -> ExternalTensor | None:
+def _tensor(data: mmap.mmap, budget: Iterator[int], start: int, end: int) -> ExternalTensor | None:
     """The tensor if anything in it says that its data are external, else None."""
     name, data_type, external = "", 0, False
     shape: list[int] = []
     entries: list[tuple[str, str]] = []
-    for number, wire, first, last in _fields(data, start, end):
+    for number, wire, first, last in _fields(data, budget, start, end):
         if (number, wire) == (_NAME, _BYTES):
             name = data[first : min(last, first + MAXIMUM_NAME)].decode("utf-8", "replace")
         elif (number, wire) == (_DATA_TYPE, _VARINT):
@@ -174,7 +164,7 @@ def _tensor(data: mmap.mmap, start: int, end: int) -> ExternalTensor | None:
                 size, first = _varint(data, first, last)
                 shape.append(_signed(size))
         elif (number, wire) == (_EXTERNAL_DATA, _BYTES):
-            entries.append(_entry(data, first, last))
+            entries.append(_entry(data, budget, first, last))
         elif (number, wire) == (_DATA_LOCATION, _VARINT):
             external = external or _varint(data, first, last)[0] != 0
         if len(shape) > MAXIMUM_RANK or len(entries) > MAXIMUM_ENTRIES:
@@ -182,10 +172,10 @@ def _tensor(data: mmap.mmap, start: int, end: int) -> ExternalTensor | None:
     return ExternalTensor(name, data_type, tuple(shape), tuple(entries)) if external or entries else None
 
 
-def _entry(data: mmap.mmap, start: int, end: int) -> tuple[str, str]:
+def _entry(data: mmap.mmap, budget: Iterator[int], start: int, end: int) -> tuple[str, str]:
     """Key and value of a StringStringEntryProto."""
     texts: dict[int, str] = {}
-    for number, wire, first, last in _fields(data, start, end):
+    for number, wire, first, last in _fields(data, budget, start, end):
         if number in texts or last - first > MAXIMUM_NAME:
             raise ValueError(f"byte {first}: a field that is written twice or too long")
         if wire == _BYTES:
@@ -193,9 +183,16 @@ def _entry(data: mmap.mmap, start: int, end: int) -> tuple[str, str]:
     return texts.get(1, ""), texts.get(2, "")
 
 
-def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-    """Number, wire type and extent in bytes (of the content, without its length) of each field of a message."""
+def _fields(
+    data: mmap.mmap, budget: Iterator[int], start: int, end: int
+) -> Iterator[tuple[int, int, int, int]]:
+    """Number, wire type and extent in bytes (of the content, without its length) of each field of a message.
+
+    ``budget`` has an item for each field of the whole file that may be read.
+    """
     while start < end:
+        if next(budget, None) is None:
+            raise ValueError(f"more than {MAXIMUM_FIELDS} fields")
         key, start = _varint(data, start, end)
         if key > 0xFFFFFFFF:
             raise ValueError(f"byte {start}: a key of more than 32 bits")

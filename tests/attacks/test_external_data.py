@@ -297,9 +297,13 @@ def test_a_shape_of_giants_is_refused_in_words(tmp_path):
             check_external_data(saved(tmp_path, as_initializer(tensor)), ["weights.bin"])
 
 
-def test_a_file_of_countless_fields_is_refused_soon(tmp_path):
+@pytest.mark.parametrize("place", ["model", "tensor"])
+def test_a_file_of_countless_fields_is_refused_soon(tmp_path, place):
+    countless = b"\x58\x01" * 3_000_000  # field 11, a number
     path = tmp_path / "graph.onnx"
-    path.write_bytes(b"\x08\x01" * 3_000_000)
+    path.write_bytes(countless)
+    if place == "tensor":
+        path = raw_model(tmp_path, countless)
     with pytest.raises(OnnxFileError, match="more than 1000000 fields"):
         check_external_data(path)
 

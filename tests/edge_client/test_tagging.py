@@ -92,6 +92,14 @@ def test_what_is_left_out_is_counted_by_name(tmp_path: Path) -> None:
     )
 
 
+def test_what_a_pattern_names_and_is_left_out_is_counted_by_the_folder(tmp_path: Path) -> None:
+    photo(tmp_path / "@eaDir" / "a.jpg")
+    photo(tmp_path / "@eaDir" / "b.jpg")
+    skipped: Counter[str] = Counter()
+    assert list(find_photos([str(tmp_path / "*" / "*.jpg")], skipped)) == []
+    assert skipped == {"@eaDir": 2}
+
+
 def test_files_and_folders_can_be_excluded_by_name(tmp_path: Path) -> None:
     kept = photo(tmp_path / "a" / "b.jpg")
     for name in ("a/c-small.jpg", "private/d.jpg", "a/private/e.jpg"):
