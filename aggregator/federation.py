@@ -505,7 +505,7 @@ class Federation:
             extra={
                 key: value
                 for key, value in history.items()
-                if key not in ("bytes", "refusals", "opened", "closed")
+                if key not in ("bytes", "refusals", "scaled", "opened", "closed")
             },
         )
 
